@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blind_rows import PlacementRow
 
-from maveriq.control.utilization import recent_load, sampling_phases_us
+from maveriq.control.utilization import recent_loads, sampling_phases_us
 from maveriq.domain.cluster import GpuView, LoadWindow
 from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.estimate.hardware_profile import HardwareProfile
@@ -35,13 +35,14 @@ class _Decision:
 
     def gpus(self, window: LoadWindow, phases_us: Sequence[Micros], profile: HardwareProfile) -> frozenset[int]:
         """Return the GPUs that the hybrid rule chooses."""
+        loads = recent_loads(self.spans, self.requested_us, window, phases_us)
         views = [
             GpuView(
                 gpu_id=gpu_id,
                 node=0,
                 capacity_bytes=profile.capacity_bytes,
                 free_bytes=bytes_from_gib(self.free_gib[gpu_id]),
-                load=recent_load(self.spans[gpu_id], self.requested_us, window, phases_us[gpu_id]),
+                load=loads[gpu_id],
             )
             for gpu_id in range(TESTBED_GPUS)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from maveriq.control.events import EngineProgress, EngineUp, StartEngine, StartProfile, StopProfile
 from maveriq.control.gpu_sharing import GpuSharing
 from maveriq.control.profiles import ProfileQueue
-from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
+from maveriq.control.utilization import UtilizationWindow, recent_loads, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
 from maveriq.domain.deployments import Batching, EndpointSpec, ExpectedLoad
 from maveriq.domain.parallel import DeploymentPlan, network_hops
@@ -202,6 +202,8 @@ class DeploymentManager:
         self._released_us = [0] * len(cluster)
         self._sharing = GpuSharing(len(cluster))
         self._to_start: list[Deployment] = []
+        self._ever_on: list[list[Deployment]] = [[] for _ in range(len(cluster))]
+        self._loads: tuple[Micros, list[float]] = (-1, [])  # of an instant at which several endpoints come
         self._measured_loads = measured_loads
 
     def deploy(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
@@ -293,6 +295,8 @@ class DeploymentManager:
         self._state.reserve(deployment.deployment_id, plan.shares, is_continuous=is_continuous)
         deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
+        for gpu_id in dict.fromkeys(plan.gpu_ids):
+            self._ever_on[gpu_id].append(deployment)
         self._to_start.append(deployment)
         return deployment
 
@@ -302,9 +306,8 @@ class DeploymentManager:
         Raises:
             InvariantError: its GPUs are of several kinds, or a stage is on several nodes.
         """
-        cluster = self._state.cluster
-        mixed = len(cluster.kinds) > 1
-        if not mixed and not cluster.has_network:
+        cluster, mixed = self._state.cluster, self._state.is_mixed
+        if not mixed and not self._state.has_network:
             return plan
         gpus, tp = [cluster.gpus[gpu_id] for gpu_id in plan.gpu_ids], plan.configuration.tp
         kinds, nodes = {gpu.kind for gpu in gpus}, [gpu.node for gpu in gpus]
@@ -460,10 +463,7 @@ class DeploymentManager:
 
     def deployments_on_gpu(self, gpu_id: int) -> list[Deployment]:
         """Return the deployments that hold memory on a GPU."""
-        return [deployment for deployment in self._ever_on(gpu_id) if self.holds_memory(deployment)]
-
-    def _ever_on(self, gpu_id: int) -> Iterator[Deployment]:
-        return (deployment for deployment in self.deployments.values() if deployment.gpu_mask >> gpu_id & 1)
+        return [deployment for deployment in self._ever_on[gpu_id] if self.holds_memory(deployment)]
 
     def gpu_down(self, gpu_id: int) -> None:
         """Mark a GPU as failed; the caller then calls `engine_down` for each of its deployments."""
@@ -524,16 +524,18 @@ class DeploymentManager:
         """Return each GPU's recent load (0 to 1), in the order of ids."""
         if self._measured_loads is not None:
             return list(self._measured_loads()[: len(self._phases_us)])
-        return [
-            recent_load(self._spans(gpu_id, now_us), now_us, self._window, phase_us)
-            for gpu_id, phase_us in enumerate(self._phases_us)
-        ]
+        if self._loads[0] != now_us:
+            spans = [self._spans(gpu_id, now_us) for gpu_id in range(len(self._phases_us))]
+            self._loads = now_us, recent_loads(spans, now_us, self._window, self._phases_us)
+        return list(self._loads[1])
 
-    def _spans(self, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
-        for deployment in self._ever_on(gpu_id):
-            yield from deployment.busy.spans
+    def _spans(self, gpu_id: int, now_us: Micros) -> list[tuple[Micros, Micros]]:
+        spans: list[tuple[Micros, Micros]] = []
+        for deployment in self._ever_on[gpu_id]:
+            spans += deployment.busy.spans
             if deployment.is_busy:
-                yield deployment.started_us, now_us
+                spans.append((deployment.started_us, now_us))
+        return spans
 
     def engines_working(self, gpu_ids: Iterable[int]) -> int:
         """Return the most continuous engines that have requests on one of these GPUs."""
@@ -543,7 +545,7 @@ class DeploymentManager:
         """Return how long a GPU has executed since the start."""
         return self._sharing.busy_us(gpu_id, now_us) + sum(
             deployment.busy.total_us + (now_us - deployment.started_us if deployment.is_busy else 0)
-            for deployment in self._ever_on(gpu_id)
+            for deployment in self._ever_on[gpu_id]
             if deployment.endpoint.batching is Batching.EXCLUSIVE
         )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, assert_never
@@ -68,15 +69,17 @@ class DeploymentQueue:
     """The requests that wait for one deployment.
 
     `gpu_mask` has a bit for each GPU of the deployment. A paused queue is skipped, because the
-    deployment's engine is down but will return. The heap is ordered by urgency (0 for priority
-    requests, 1 for others), then by rank. Unless the discipline is `fifo`, `by_arrival` holds the
-    same requests in order of arrival. A request taken from one heap stays in the other until it
-    comes up there; `taken_by_rank` and `taken_by_arrival` hold the serial numbers of those.
+    deployment's engine is down but will return. One that is set aside waits for a GPU that was
+    blocked. The heap is ordered by urgency (0 for priority requests, 1 for others), then by rank.
+    Unless the discipline is `fifo`, `by_arrival` holds the same requests in order of arrival. A
+    request taken from one heap stays in the other until it comes up there; `taken_by_rank` and
+    `taken_by_arrival` hold the serial numbers of those.
     """
 
     deployment_id: int
     gpu_mask: int
     paused: bool = False
+    is_set_aside: bool = False
     heap: list[Entry] = field(default_factory=list)
     by_arrival: list[tuple[int, int, Request]] = field(default_factory=list)
     taken_by_rank: set[int] = field(default_factory=set)
@@ -108,16 +111,28 @@ class Head:
 
 
 class RequestQueue:
-    """All waiting requests, in one queue per deployment, and the choice of the next one."""
+    """All waiting requests, in one queue per deployment, and the choice of the next one.
 
-    __slots__ = ("_discipline", "_first_queue", "_max_wait_us", "_queues", "_serial", "_shared_order", "_waiting")
+    Clusters have thousands of deployments, so no choice looks at all of them. `_heads` is a heap of the heads of
+    queues; an entry that is no longer its queue's head is dropped when it comes up. A queue whose GPUs are blocked is
+    set aside until the one GPU is free by which it was found to be.
+    """
+
+    __slots__ = (
+        "_aside", "_aside_mask", "_by_arrival", "_discipline", "_gone", "_heads", "_max_wait_us", "_queues", "_serial",
+        "_shared_order", "_waiting",
+    )  # fmt: skip
 
     def __init__(self, discipline: QueueDiscipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
         self._discipline = discipline
         self._shared_order = discipline is QueueDiscipline.FIFO
         self._max_wait_us = max_wait_us
         self._queues: dict[int, DeploymentQueue] = {}
-        self._first_queue: DeploymentQueue | None = None  # under `fifo`, the queue with the first head; None: unknown
+        self._heads: list[tuple[Entry, DeploymentQueue]] = []  # a heap; the serial number decides before the queue
+        self._aside: dict[int, list[DeploymentQueue]] = {}  # by the bit of the GPU that each waits for
+        self._aside_mask = 0
+        self._by_arrival: list[tuple[Micros, int]] = []  # a heap of arrivals and serial numbers, unless `fifo`
+        self._gone: set[int] = set()  # serial numbers in it of requests that wait no longer
         self._serial = 0
         self._waiting = 0
 
@@ -143,20 +158,21 @@ class RequestQueue:
     def pause(self, deployment_id: int) -> None:
         """Skip a deployment's requests while its engine is down."""
         self._queues[deployment_id].paused = True
-        self._first_queue = None
 
     def resume(self, deployment_id: int) -> None:
         """Consider a deployment's requests again."""
-        self._queues[deployment_id].paused = False
-        self._first_queue = None
+        queue = self._queues[deployment_id]
+        queue.paused = False
+        self._consider(queue)
 
     def close_queue(self, deployment_id: int) -> list[Request]:
         """Remove a deployment's queue, and return the requests that waited in it, in order of arrival."""
         queue = self._queues.pop(deployment_id)
-        self._first_queue = None
+        queue.paused = True  # whatever is left of it in heaps
         self._waiting -= len(queue)
-        left = (entry[4] for entry in queue.heap if entry[3] not in queue.taken_by_arrival)
-        return sorted(left, key=lambda request: request.request_id)
+        left = [entry for entry in queue.heap if entry[3] not in queue.taken_by_arrival]
+        self._forget(entry[3] for entry in left)
+        return sorted((entry[4] for entry in left), key=lambda request: request.request_id)
 
     # Requests
 
@@ -188,8 +204,9 @@ class RequestQueue:
         heapq.heapify(queue.heap)
         queue.by_arrival = [other for other in queue.by_arrival if other[1] != entry[3]]
         heapq.heapify(queue.by_arrival)
-        self._first_queue = None
+        self._forget([entry[3]])
         self._waiting -= 1
+        self._consider(queue)
         return True
 
     def _add(self, queue: DeploymentQueue, urgency: int, rank: float, request: Request) -> None:
@@ -199,8 +216,19 @@ class RequestQueue:
         self._waiting += 1
         if not self._shared_order:
             heapq.heappush(queue.by_arrival, (request.request_id, self._serial, request))
-        elif self._first_queue and entry < self._first_queue.heap[0]:
-            self._first_queue = None  # the new entry goes first
+            heapq.heappush(self._by_arrival, (request.arrival_us, self._serial))
+        if queue.heap[0] is entry:
+            self._consider(queue)
+
+    def _consider(self, queue: DeploymentQueue) -> None:
+        """Let the head of a queue go next, where it does."""
+        if not queue.paused and not queue.is_set_aside and (entry := queue.head()) is not None:
+            heapq.heappush(self._heads, (entry, queue))
+
+    def _forget(self, serials: Iterable[int]) -> None:
+        """Note that requests wait no longer."""
+        if not self._shared_order:
+            self._gone.update(serials)
 
     # The next request
 
@@ -214,9 +242,7 @@ class RequestQueue:
         if not self._waiting:
             return None
         if self._shared_order:
-            if self._first_queue is None:
-                self._first_queue = self._first(0)
-            queue = self._first_queue
+            queue = self._first(0)
             if queue is None or queue.gpu_mask & blocked_mask:
                 return None
             return Head(queue, queue.heap[0][4], overdue=False)
@@ -228,19 +254,42 @@ class RequestQueue:
 
     def _first(self, blocked_mask: int) -> DeploymentQueue | None:
         """Return the queue whose head goes first, among those that use no blocked GPU."""
-        best: DeploymentQueue | None = None
-        best_entry: Entry | None = None
-        for queue in self._queues.values():
-            if not queue.heap or queue.paused or queue.gpu_mask & blocked_mask:
-                continue
-            entry = queue.head()
-            if entry is not None and (best_entry is None or entry < best_entry):
-                best, best_entry = queue, entry
-        return best
+        self._take_back(blocked_mask)
+        heads = self._heads
+        while heads:
+            entry, queue = heads[0]
+            if queue.paused or queue.is_set_aside or queue.head() is not entry:
+                heapq.heappop(heads)
+            elif blocking := queue.gpu_mask & blocked_mask:
+                heapq.heappop(heads)
+                self._set_aside(queue, blocking & -blocking)
+            else:
+                return queue
+        return None
+
+    def _set_aside(self, queue: DeploymentQueue, gpu_bit: int) -> None:
+        queue.is_set_aside = True
+        self._aside.setdefault(gpu_bit, []).append(queue)
+        self._aside_mask |= gpu_bit
+
+    def _take_back(self, blocked_mask: int) -> None:
+        """Consider the queues again that wait for a GPU that is blocked no longer."""
+        freed = self._aside_mask ^ (self._aside_mask & blocked_mask)
+        self._aside_mask ^= freed
+        while freed:
+            gpu_bit = freed & -freed
+            freed ^= gpu_bit
+            for queue in self._aside.pop(gpu_bit):
+                queue.is_set_aside = False
+                self._consider(queue)
 
     def _overdue(self, now_us: Micros, blocked_mask: int) -> tuple[Head | None, int]:
         """Return the first overdue request that can go, and the GPUs held for others."""
         latest_us = now_us - self._max_wait_us
+        while self._by_arrival and self._by_arrival[0][1] in self._gone:
+            self._gone.discard(heapq.heappop(self._by_arrival)[1])
+        if not self._by_arrival or self._by_arrival[0][0] >= latest_us:
+            return None, 0
         late = []
         for queue in self._queues.values():
             oldest = queue.oldest()
@@ -260,12 +309,14 @@ class RequestQueue:
         if head.overdue:
             _, serial, request = heapq.heappop(queue.by_arrival)
             queue.taken_by_arrival.add(serial)
+            self._forget([serial])
             taken.append(request)
         while len(taken) < maximum and queue.head():
             _, _, _, serial, request = heapq.heappop(queue.heap)
             if not self._shared_order:
                 queue.taken_by_rank.add(serial)
+                self._gone.add(serial)
             taken.append(request)
         self._waiting -= len(taken)
-        self._first_queue = None
+        self._consider(queue)
         return tuple(taken)

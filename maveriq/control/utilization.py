@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from maveriq.domain.cluster import LoadWindow
@@ -64,27 +65,37 @@ def sampling_phases_us(window: LoadWindow, gpus: int, seed: int) -> tuple[Micros
     return tuple(pick(seed, "load sampling", gpu_id, window.max_phase_us + 1) for gpu_id in range(gpus))
 
 
-def recent_load(
-    spans: Iterable[tuple[Micros, Micros]], now_us: Micros, window: LoadWindow, phase_us: Micros = 0
-) -> float:
-    """Return the share of the last samples before `now_us` in which a GPU was busy.
+def recent_loads(
+    spans: Sequence[Sequence[tuple[Micros, Micros]]], now_us: Micros, window: LoadWindow, phases_us: Sequence[Micros]
+) -> list[float]:
+    """Return for each GPU the share of the last samples before `now_us` in which it was busy.
 
     Args:
-        spans: when the GPU was executing; spans must not overlap, their order plays no part.
+        spans: when each GPU was executing; spans of one must not overlap, their order plays no part.
         now_us: the present; an execution under way ends here.
         window: how far to look back, and what counts as busy.
-        phase_us: how old a reading of this GPU is when it is sampled.
+        phases_us: how old a reading of each GPU is when it is sampled.
     """
+    import numpy as np
+
+    counts = [len(of_gpu) for of_gpu in spans]
+    if not any(counts):
+        return [0.0] * len(spans)
+    numbers = chain.from_iterable(chain.from_iterable(spans))
+    start_us, end_us = np.fromiter(numbers, dtype=np.int64, count=2 * sum(counts)).reshape(-1, 2).T
+    phase_us, gpu = np.repeat(phases_us, counts), np.repeat(np.arange(len(spans)), counts)
     last = now_us // window.sample_us
-    first = last - window.samples
-    busy_us = [0] * window.samples  # of samples first + 1 to last
-    for start_us, end_us in spans:
-        # Sample k is taken at k * sample_us; its reading is phase_us old and sees the look_us before that.
-        for sample in range(max((start_us + phase_us) // window.sample_us, first) + 1, last + 1):
-            read_us = sample * window.sample_us - phase_us
-            seen_from_us = read_us - window.look_us
-            if seen_from_us >= end_us:
-                break
-            busy_us[sample - first - 1] += max(0, min(end_us, read_us) - max(start_us, seen_from_us))
-    threshold_us = window.busy_share * window.look_us
-    return sum(amount > threshold_us for amount in busy_us) / window.samples
+    first = last - window.samples  # samples first + 1 to last count
+    # Sample k is taken at k * sample_us; its reading is phase_us old and sees the look_us before that.
+    from_sample = np.maximum((start_us + phase_us) // window.sample_us, first) + 1
+    to_sample = np.minimum((end_us + phase_us + window.look_us - 1) // window.sample_us, last)
+    seen = np.maximum(to_sample - from_sample + 1, 0)  # samples that see each span
+    span = np.repeat(np.arange(len(seen)), seen)
+    sample = from_sample[span] + np.arange(len(span)) - np.repeat(np.cumsum(seen) - seen, seen)
+    read_us = sample * window.sample_us - phase_us[span]
+    busy_us = np.minimum(end_us[span], read_us) - np.maximum(start_us[span], read_us - window.look_us)
+    place = gpu[span] * window.samples + sample - first - 1
+    of_samples = np.bincount(place, np.maximum(busy_us, 0), minlength=len(spans) * window.samples)
+    is_busy = of_samples.reshape(len(spans), window.samples) > window.busy_share * window.look_us
+    loads: list[float] = (is_busy.sum(axis=1) / window.samples).tolist()
+    return loads

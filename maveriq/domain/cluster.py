@@ -220,18 +220,30 @@ class ClusterView:
 class ClusterState:
     """How much memory each deployment holds on each GPU, and which GPUs are down.
 
+    `is_mixed` says whether its GPUs are of several kinds, `has_network` whether they are on several nodes.
+
     Invariant: no GPU ever holds more than its capacity (checked at each reservation).
     """
 
     cluster: Cluster
     _held: dict[int, dict[int, Bytes]] = field(default_factory=dict)
     _continuous: set[int] = field(default_factory=set)  # deployments whose engines batch continuously
+    is_mixed: bool = field(init=False)
+    has_network: bool = field(init=False)
     _used: list[Bytes] = field(init=False)
+    _tenants: list[int] = field(init=False)  # deployments that hold memory on each GPU
+    _continuous_tenants: list[int] = field(init=False)  # those of them whose engines batch continuously
+    _seen: list[GpuView | None] = field(init=False)  # as policies last saw them; None after a change
     _usd_per_hour: list[float | None] = field(init=False)
     _open_faults: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.is_mixed = len(self.cluster.kinds) > 1
+        self.has_network = self.cluster.has_network
         self._used = [gpu.idle_bytes for gpu in self.cluster.gpus]
+        self._tenants = [0] * len(self.cluster)
+        self._continuous_tenants = [0] * len(self.cluster)
+        self._seen = [None] * len(self.cluster)
         self._usd_per_hour = [self.cluster.usd_per_hour(gpu) for gpu in self.cluster.gpus]
 
     def reserve(self, deployment_id: int, shares: Mapping[int, Bytes], *, is_continuous: bool = False) -> None:
@@ -256,8 +268,7 @@ class ClusterState:
         self._held[deployment_id] = dict(shares)
         if is_continuous:
             self._continuous.add(deployment_id)
-        for gpu_id, amount in shares.items():
-            self._used[gpu_id] += amount
+        self._count(deployment_id, 1)
 
     def release(self, deployment_id: int) -> None:
         """Free the memory of a deployment.
@@ -267,9 +278,18 @@ class ClusterState:
         """
         if deployment_id not in self._held:
             raise InvariantError(f"deployment {deployment_id} holds no memory to release")
-        for gpu_id, amount in self._held.pop(deployment_id).items():
-            self._used[gpu_id] -= amount
+        self._count(deployment_id, -1)
+        del self._held[deployment_id]
         self._continuous.discard(deployment_id)
+
+    def _count(self, deployment_id: int, sign: int) -> None:
+        """Add a deployment to its GPUs, or with the sign -1 take it away."""
+        is_continuous = deployment_id in self._continuous
+        for gpu_id, amount in self._held[deployment_id].items():
+            self._used[gpu_id] += sign * amount
+            self._tenants[gpu_id] += sign
+            self._continuous_tenants[gpu_id] += sign * is_continuous
+            self._seen[gpu_id] = None
 
     def holds(self, deployment_id: int) -> bool:
         """Return whether a deployment holds memory."""
@@ -293,23 +313,27 @@ class ClusterState:
 
     def view(self, loads: Sequence[float]) -> ClusterView:
         """Return the view for a policy; `loads` has one share per GPU, in the order of ids."""
-        tenants = Counter(gpu_id for shares in self._held.values() for gpu_id in shares)
-        continuous = Counter(gpu_id for number in self._continuous for gpu_id in self._held[number])
-        mixed = len(self.cluster.kinds) > 1
         return ClusterView(
             gpus=tuple(
-                GpuView(
-                    gpu_id=gpu.gpu_id,
-                    node=gpu.node,
-                    capacity_bytes=gpu.capacity_bytes,
-                    free_bytes=self.free_bytes(gpu.gpu_id),
-                    load=load,
-                    tenants=tenants[gpu.gpu_id],
-                    continuous_tenants=continuous[gpu.gpu_id],
-                    kind=gpu.kind if mixed else "",
-                    usd_per_hour=self._usd_per_hour[gpu.gpu_id],
-                )
+                self._view_of(gpu, load)
                 for gpu, load in zip(self.cluster.gpus, loads, strict=True)
                 if not self.is_down(gpu.gpu_id)
             )
         )
+
+    def _view_of(self, gpu: Gpu, load: float) -> GpuView:
+        """Return a GPU as a policy sees it: the same object as the last time, if nothing has changed."""
+        seen = self._seen[gpu.gpu_id]
+        if seen is None or seen.load != load:
+            seen = self._seen[gpu.gpu_id] = GpuView(
+                gpu_id=gpu.gpu_id,
+                node=gpu.node,
+                capacity_bytes=gpu.capacity_bytes,
+                free_bytes=self.free_bytes(gpu.gpu_id),
+                load=load,
+                tenants=self._tenants[gpu.gpu_id],
+                continuous_tenants=self._continuous_tenants[gpu.gpu_id],
+                kind=gpu.kind if self.is_mixed else "",
+                usd_per_hour=self._usd_per_hour[gpu.gpu_id],
+            )
+        return seen

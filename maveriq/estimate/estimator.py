@@ -150,6 +150,15 @@ class MemoryIntervalAware(Protocol):
 
 
 @runtime_checkable
+class PipelineAware(Protocol):
+    """An estimator that knows how pipelines compare with one stage."""
+
+    @property
+    def pipelines_only_add_time(self) -> bool:
+        """Whether stages work one after the other, so that a batch takes at least the time that one stage takes."""
+
+
+@runtime_checkable
 class SequenceAware(Protocol):
     """An estimator that knows how many sequences an engine has room for."""
 

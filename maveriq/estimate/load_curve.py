@@ -12,6 +12,7 @@ The sum is taken to be gamma-distributed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from scipy.special import gammaincinv
 
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import ServiceEstimate
+
+_SECANTS = 6  # of the search for the requests in flight, before it only halves what is left
 
 
 class LoadCurve:
@@ -74,13 +77,24 @@ class LoadCurve:
 
     def in_flight(self, rps: float) -> int:
         """Return how many are in flight at a rate, at least one and at most as many as there is room for."""
-        low, high = 1, self.max_in_flight  # the answer lies between them, both included
-        while low < high:
-            middle = (low + high) // 2
-            if self._rps(middle) >= rps:
-                high = middle
+        if self.max_in_flight == 1 or self._rps(1) >= rps:
+            return 1
+        low, high = 2, self.max_in_flight  # the answer lies between them, both included
+        before, before_s = 1, self._service(1).latency_s
+        guess: float = rps * before_s
+        for tries in itertools.count():
+            if low == high:
+                break
+            tried = min(max(math.ceil(guess), low), high - 1) if tries < _SECANTS else (low + high) // 2
+            tried_s = self._service(tried).latency_s
+            if self._rps(tried) >= rps:
+                high = tried
             else:
-                low = middle + 1
+                low = tried + 1
+            # Little's law, if the latency goes on as it rose from one try to the next.
+            slope = (tried_s - before_s) / (tried - before)
+            guess = rps * (tried_s - slope * tried) / (1 - rps * slope) if rps * slope < 1 else high
+            before, before_s = tried, tried_s
         return low
 
     def _rps(self, in_flight: int) -> float:

@@ -50,6 +50,7 @@ def corners(axes: Sequence[Array], sizes: Sequence[Sizes]) -> Iterator[tuple[tup
 
 def _cell(axis: Array, size: Array) -> tuple[Any, Array]:
     """Return the index of the grid point below each size, and how far it lies towards the next, 0 to 1."""
-    low = np.clip(np.searchsorted(axis, size, side="right") - 1, 0, len(axis) - 2)
-    inside = np.clip(size, axis[0], axis[-1])
+    # `np.clip` takes three times as long on such small arrays.
+    low = np.minimum(np.maximum(np.searchsorted(axis, size, side="right") - 1, 0), len(axis) - 2)
+    inside = np.minimum(np.maximum(size, axis[0]), axis[-1])
     return low, np.log(inside / axis[low]) / np.log(axis[low + 1] / axis[low])

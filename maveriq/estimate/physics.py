@@ -109,6 +109,11 @@ class PhysicsEstimator:
         """What the estimates rest on."""
         return Basis.OPERATORS if self._operators.measured else Basis.DATA_SHEET
 
+    @property
+    def pipelines_only_add_time(self) -> bool:
+        """Whether a batch takes at least as long in a pipeline: batches that are in flight together do not."""
+        return not self.continuous
+
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can."""
         key = _stage_of(model, configuration)
@@ -151,15 +156,18 @@ class PhysicsEstimator:
         kv = NumberFormat.FP8 if configuration.kv is KvType.FP8 else NumberFormat.BFLOAT16
         return self._operators.gpu.why_not_computed(kv)
 
-    def configurations(self, model: ModelSpec, *, gpus: int, batch_size: int) -> Iterator[ParallelConfig]:
+    def configurations(
+        self, model: ModelSpec, *, gpus: int, batch_size: int, stages: int | None = None
+    ) -> Iterator[ParallelConfig]:
         """Yield the configurations to consider on up to so many GPUs, in the order that breaks ties.
 
         TP is any divisor of the heads. A checkpoint that is quantised is considered as it is stored, any other in all
-        formats.
+        formats. `stages` is how many a pipeline has; None for any number.
         """
         stored = [weights for weights in WeightType if model.why_not_stored_as(weights) is None]
         for tp in tensor_parallel_divisors(model.decoder, gpus):
-            for pp in range(1, min(gpus // tp, model.layers) + 1):
+            most = min(gpus // tp, model.layers)
+            for pp in range(1, most + 1) if stages is None else range(stages, min(stages, most) + 1):
                 for ep, weights, kv in product(expert_parallel_degrees(model.decoder, tp), stored, _KV_FORMATS):
                     yield ParallelConfig(tp=tp, pp=pp, ep=ep, weights=weights, kv=kv, batch_size=batch_size)
 
@@ -217,6 +225,8 @@ class PhysicsEstimator:
             host_us = self.engine.step_time_us(
                 gpu_us, sequences=sequences, layers=model.layers, has_prefill=bool(chunks)
             )
+            if not hand_overs:
+                return float(host_us)
             tokens = decodes + sum(chunk.tokens for chunk in chunks)
             return float(host_us + hand_overs * channel.hand_over_us(tokens, model.hidden_size))
 

@@ -11,7 +11,8 @@ microseconds to answer, and a fraction of one in compiled code (`maveriq.estimat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from maveriq.estimate.step_grids import Line, StepGrids, Surface, SurfacePair
 MANY_CHUNKS = 32
 """Chunks that fill any GPU: a chunk beside others adds its share of so many."""
 
+_KEPT_PARTS = 512
 _VALUE_BYTES = 2
 _LAYER_KERNELS = 5
 _QUANTISE_KERNELS = 3
@@ -222,18 +224,18 @@ def _grids(layers: _Layers, kinds: Sequence[tuple[LayerKind, int]], *, is_last: 
     tokens_us, head_us = np.zeros(len(_TOKENS)), np.zeros(len(_SEQUENCES))
     decode_us, mixed_us = np.zeros((2, len(_SEQUENCES), len(_CONTEXT)))
     prefill_us, alone_us = np.zeros((2, len(_CHUNK), len(_PAST)))
+    of_weights = replace(layers, formats=Formats(weights=layers.formats.weights))
+    of_cache = replace(layers, formats=Formats(kv=layers.formats.kv))
     for kind, number in kinds:
-        tokens_us += number * layers.dense_us(kind, _TOKENS)
+        tokens_us += number * _dense_us(of_weights, kind)
         if kind.attention is not None:
-            at = (kind.attention, _SEQUENCES[:, None], _CONTEXT[None, :])
-            decode_us += number * layers.decode_us(*at, has_chunks=False)
-            mixed_us += number * layers.decode_us(*at, has_chunks=True)
-            one_us = layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :])
-            many_us = layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :], chunks=MANY_CHUNKS)
-            prefill_us += number * np.clip((many_us - one_us[0, 0]) / MANY_CHUNKS, 0.0, one_us)
-            alone_us += number * one_us
+            decode, mixed, one, many = _attention_us(of_cache, kind.attention)
+            decode_us += number * decode
+            mixed_us += number * mixed
+            prefill_us += number * np.clip((many - one[0, 0]) / MANY_CHUNKS, 0.0, one)
+            alone_us += number * one
     if is_last:
-        head_us += layers.head_us(_SEQUENCES)
+        head_us += _head_us(of_weights)
     attention = (decode_us, mixed_us, prefill_us, alone_us)
     decode_us, mixed_us, prefill_us, alone_us = (_never_beaten_by_more(times_us) for times_us in attention)
     return StepGrids(
@@ -243,15 +245,41 @@ def _grids(layers: _Layers, kinds: Sequence[tuple[LayerKind, int]], *, is_last: 
     )  # fmt: skip
 
 
+# Plans ask for many formats of a model. Its layers do not depend on that of the cache, nor attention on the weights.
+
+
+@lru_cache(maxsize=_KEPT_PARTS)
+def _dense_us(layers: _Layers, kind: LayerKind) -> Array:
+    return layers.dense_us(kind, _TOKENS)
+
+
+@lru_cache(maxsize=_KEPT_PARTS)
+def _head_us(layers: _Layers) -> Array:
+    return layers.head_us(_SEQUENCES)
+
+
+@lru_cache(maxsize=_KEPT_PARTS)
+def _attention_us(layers: _Layers, attention: Attention) -> tuple[Array, Array, Array, Array]:
+    """Return the times of decoding, alone and beside chunks, and of prefill: of one chunk and of many."""
+    sizes, past = (attention, _SEQUENCES[:, None], _CONTEXT[None, :]), (attention, _CHUNK[:, None], _PAST[None, :])
+    return (
+        layers.decode_us(*sizes, has_chunks=False),
+        layers.decode_us(*sizes, has_chunks=True),
+        layers.prefill_us(*past),
+        layers.prefill_us(*past, chunks=MANY_CHUNKS),
+    )
+
+
 def _never_beaten_by_more(times_us: Array) -> Array:
     """Return times that no larger size along any axis beats.
 
     Kernels can be padded to a larger size. Where a table gives them more time than that, its measurements are off:
     it has fp8 products of one row on a B200 at three times the time of two rows.
     """
+    backwards = times_us[(slice(None, None, -1),) * times_us.ndim]
     for axis in range(times_us.ndim):
-        times_us = np.flip(np.minimum.accumulate(np.flip(times_us, axis), axis), axis)
-    return times_us
+        backwards = np.minimum.accumulate(backwards, axis)
+    return np.ascontiguousarray(backwards[(slice(None, None, -1),) * times_us.ndim])
 
 
 @dataclass(frozen=True, slots=True)

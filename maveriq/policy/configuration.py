@@ -7,6 +7,7 @@ orders those that meet everything else by latency, and says so in a note.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from maveriq.estimate.estimator import (
     ConfigurationAware,
     Estimator,
     LengthAwareMemory,
+    PipelineAware,
     SequenceAware,
     ServiceEstimate,
     own_estimator,
@@ -108,6 +110,8 @@ NO_MEMORY, NO_ROOM = "does not fit the free memory", "has no room for the KV cac
 NEVER_MEASURED = "its accuracy was never measured"
 """Why a configuration is rejected whose accuracy was never measured."""
 
+_ROUNDING = 1e-9  # far more than adding up times in another order changes them
+
 _SPEC_WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4, WeightType.INT4_GPTQ, WeightType.FP8)
 _SPEC_KV = (KvType.INT8, KvType.NATIVE)
 
@@ -160,6 +164,86 @@ def rank(
     return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, unit, in_ms=in_ms)
 
 
+def best_candidate(
+    endpoint: EndpointSpec,
+    view: ClusterView,
+    estimator: Estimator,
+    accuracy: AccuracyLookup,
+    *,
+    cost: Cost = Cost.MONEY,
+    evidence: EvidenceLookup = no_evidence,
+) -> Candidate | None:
+    """Return the first candidate of `rank` if it meets the SLOs, without estimating what cannot be the first.
+
+    A pipeline holds more GPUs, for no less time than one stage if the estimator says so. None if no candidate meets the
+    SLOs; `rank` then says why. The arguments are those of `rank`.
+    """
+    unit, limits = score_unit(endpoint.intent.objective, cost, view), slo_limits(endpoint.intent)
+    outcomes: dict[ParallelConfig, Candidate | RejectedConfig] = {}
+    memory_of: dict[str, Callable[[ParallelConfig], Bytes]] = {}
+    waiting: list[tuple[float, int, ParallelConfig, GpuPool]] = []  # with the least score, and the place
+    for pool in gpu_pools(view):
+        memory_of[pool.kind] = _memory_of(endpoint, pool, estimator)
+        least_score = _least_scores(endpoint, pool, estimator, unit)
+        for configuration in _configurations(endpoint, pool, estimator):
+            on_kind = replace(configuration, gpu=pool.kind) if pool.kind else configuration
+            waiting.append((least_score(configuration), len(waiting), on_kind, pool))
+    best: tuple[tuple[float, ...], int, Candidate] | None = None
+    for least, place, configuration, pool in sorted(waiting, key=lambda each: each[:2]):
+        if best is not None and least > best[2].score:
+            break
+        outcome = _consider(endpoint, configuration, pool, estimator, memory_of[pool.kind], accuracy, unit)
+        outcomes[configuration] = outcome
+        if isinstance(outcome, Candidate) and first_missed(limits, outcome.service) is None:
+            ranked = (_key(unit)(outcome), place, outcome)
+            best = ranked if best is None or ranked[:2] < best[:2] else best
+    if best is None:
+        return None
+    chosen = best[2]
+    # What the note on it compares it with may not have been estimated.
+    at_any_place = replace(chosen.configuration, network_hops=0)
+    compared = (replace(at_any_place, pp=1), replace(at_any_place, tp=2 * at_any_place.tp))
+    for _, _, configuration, pool in waiting:
+        if configuration in compared and configuration not in outcomes:
+            outcomes[configuration] = _consider(
+                endpoint, configuration, pool, estimator, memory_of[pool.kind], accuracy, unit
+            )
+    fitting = [outcome for outcome in outcomes.values() if isinstance(outcome, Candidate)]
+    note = _finder(endpoint, fitting, evidence).note(chosen.configuration)
+    return replace(chosen, note=note) if note else chosen
+
+
+def _least_scores(
+    endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator, unit: ScoreUnit
+) -> Callable[[ParallelConfig], float]:
+    """Return what tells a score that no configuration on GPUs of one kind can beat."""
+    own = own_estimator(estimator, endpoint.model, pool.kind)
+    if not (isinstance(own, PipelineAware) and own.pipelines_only_add_time) or unit.counts_memory:
+        return lambda _: -math.inf
+    lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
+    services: dict[tuple[object, ...], ServiceEstimate | None] = {}
+    cheapest = pool.least_usd_per_hour
+
+    def least_score(configuration: ParallelConfig) -> float:
+        if configuration.pp == 1:
+            return -math.inf
+        key = (configuration.tp, configuration.ep, configuration.weights, configuration.kv)
+        if key not in services:
+            one = replace(configuration, pp=1, layer_split=())
+            is_known = own.why_not(endpoint.model, one) is None
+            services[key] = own.service(endpoint.model, one, **lengths, batch=one.batch_size) if is_known else None
+        service = services[key]
+        if service is None:
+            return -math.inf
+        usd_per_hour = configuration.gpus * cheapest
+        score = unit.score(
+            service, memory_bytes=0, gpus=configuration.gpus, batch=configuration.batch_size, usd_per_hour=usd_per_hour
+        )
+        return score * (1 - _ROUNDING)
+
+    return least_score
+
+
 def _memory_of(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Callable[[ParallelConfig], Bytes]:
     """Return what tells the memory: the endpoint's share, or for its lengths where the estimator knows that."""
     model, share = endpoint.model, endpoint.memory_share_on(pool.kind)
@@ -186,17 +270,21 @@ def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator)
 
 def _with_notes(endpoint: EndpointSpec, fitting: list[Candidate], evidence: EvidenceLookup) -> list[Candidate]:
     """Return the candidates with a note on each that is fast by a surprising rule."""
-    finder = SurpriseFinder(
+    finder = _finder(endpoint, fitting, evidence)
+    notes = [finder.note(candidate.configuration) for candidate in fitting]
+    return [
+        replace(candidate, note=note) if note else candidate for candidate, note in zip(fitting, notes, strict=True)
+    ]
+
+
+def _finder(endpoint: EndpointSpec, fitting: Iterable[Candidate], evidence: EvidenceLookup) -> SurpriseFinder:
+    return SurpriseFinder(
         model_name=endpoint.model.name,
         prompt_tokens=endpoint.prompt_tokens,
         latencies_s={candidate.configuration: candidate.service.latency_s for candidate in fitting},
         evidence=evidence,
         latency_decides=endpoint.intent.objective is Objective.MIN_LATENCY,
     )
-    notes = [finder.note(candidate.configuration) for candidate in fitting]
-    return [
-        replace(candidate, note=note) if note else candidate for candidate, note in zip(fitting, notes, strict=True)
-    ]
 
 
 def _consider(
@@ -294,10 +382,15 @@ def _order(
         if limit is not None
     ]
     return Ranking(
-        candidates=tuple(sorted(meeting, key=_in_dollars if unit is ScoreUnit.USD_PER_MILLION_TOKENS else _by_score)),
+        candidates=tuple(sorted(meeting, key=_key(unit))),
         rejected=tuple(rejected + slow),
         score_unit=unit,
     )
+
+
+def _key(unit: ScoreUnit) -> Callable[[Candidate], tuple[float, ...]]:
+    """Return by what candidates are ordered."""
+    return _in_dollars if unit is ScoreUnit.USD_PER_MILLION_TOKENS else _by_score
 
 
 def _by_score(candidate: Candidate) -> tuple[float, ...]:

@@ -46,6 +46,11 @@ class GpuPool:
         return min(gpu.capacity_bytes for node in self._nodes for gpu in node)
 
     @property
+    def least_usd_per_hour(self) -> float:
+        """Price of its cheapest GPU; 0 where one has none."""
+        return min(gpu.usd_per_hour or 0.0 for node in self._nodes for gpu in node)
+
+    @property
     def largest_node(self) -> int:
         """GPUs of the largest node."""
         return max(map(len, self._nodes))

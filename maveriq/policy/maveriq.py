@@ -17,14 +17,29 @@ from maveriq.domain.deployments import Batching, Cost, EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.estimator import Estimator
-from maveriq.policy.configuration import AccuracyLookup, Candidate, free_memory_text, rank
-from maveriq.policy.load_ranking import EngineEstimates, LoadCandidate, rank_at_load
+from maveriq.policy.configuration import AccuracyLookup, Candidate, best_candidate, free_memory_text, rank
+from maveriq.policy.load_ranking import EngineEstimates, LoadCandidate, best_at_load, rank_at_load
 from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.policy.surprises import EvidenceLookup, no_evidence
 from maveriq.units import Bytes
 
 PlacementRule: TypeAlias = Callable[[Sequence[GpuView]], Sequence[GpuView]]
 """Takes the GPUs in the order that breaks ties, usually by id, and returns them in the order of preference."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuByGpu:
+    """A placement rule that ranks each GPU by itself, the lowest first, so that GPUs may go and the others keep theirs.
+
+    Args:
+        rank: of a GPU.
+    """
+
+    rank: Callable[[GpuView], tuple[float, ...]]
+
+    def __call__(self, gpus: Sequence[GpuView]) -> list[GpuView]:
+        """Return the GPUs in the order of preference."""
+        return sorted(gpus, key=self.rank)
 
 
 class TieBreak(StrEnum):
@@ -40,14 +55,11 @@ class TieBreak(StrEnum):
         return sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.tenants, gpu.gpu_id))
 
 
-def least_loaded_first(gpus: Sequence[GpuView]) -> list[GpuView]:
-    """Spread: ascending load."""
-    return sorted(gpus, key=lambda gpu: gpu.load)
+least_loaded_first = GpuByGpu(lambda gpu: (gpu.load,))
+"""Spread: ascending load."""
 
-
-def packing(gpus: Sequence[GpuView]) -> list[GpuView]:
-    """Pack: descending load among GPUs under 100 %, then the full ones."""
-    return sorted(gpus, key=lambda gpu: (gpu.load >= 1.0, -gpu.load))
+packing = GpuByGpu(lambda gpu: (gpu.load >= 1.0, -gpu.load))
+"""Pack: descending load among GPUs under 100 %, then the full ones."""
 
 
 def hybrid(threshold: float) -> PlacementRule:
@@ -60,11 +72,7 @@ def hybrid(threshold: float) -> PlacementRule:
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"packing threshold must lie between 0 and 1, not {threshold}")
-
-    def order(gpus: Sequence[GpuView]) -> list[GpuView]:
-        return sorted(gpus, key=lambda gpu: (0, -gpu.load) if gpu.load < threshold else (1, gpu.load))
-
-    return order
+    return GpuByGpu(lambda gpu: (0, -gpu.load) if gpu.load < threshold else (1, gpu.load))
 
 
 def place_shards(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int, ...] | None:
@@ -143,10 +151,13 @@ class MaverIQ:
         view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.continuous_tenants))
         if not view.gpus:
             return Rejection(reason="every GPU has an engine that batches continuously")
-        ranking = rank(endpoint, view, self.estimator, self.accuracy, cost=self.cost, evidence=self.evidence)
-        if not ranking.candidates:
-            return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
-        best = ranking.candidates[0]
+        asked = (endpoint, view, self.estimator, self.accuracy)
+        best, note = best_candidate(*asked, cost=self.cost, evidence=self.evidence), ""
+        if best is None:
+            ranking = rank(*asked, cost=self.cost, evidence=self.evidence)
+            if not ranking.candidates:
+                return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
+            best, note = ranking.candidates[0], ranking.note
         gpu_ids = self._place(best, view)
         if gpu_ids is None:
             return Rejection(reason=f"policy {self.name!r} found no GPU for a shard of {best.configuration}")
@@ -157,7 +168,7 @@ class MaverIQ:
             gpu_bytes=best.gpu_bytes,
             est_latency_s=best.service.latency_s,
             est_memory_bytes=best.memory_bytes,
-            note="; ".join(filter(None, (ranking.note, best.note))),
+            note="; ".join(filter(None, (note, best.note))),
         )
 
     def _place(self, best: Candidate, view: ClusterView) -> tuple[int, ...] | None:
@@ -174,11 +185,12 @@ class MaverIQ:
         view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.tenants == gpu.continuous_tenants))
         if not view.gpus:
             return Rejection(reason="every GPU has an exclusive engine")
-        ranking = rank_at_load(endpoint, view, self.engines, self.accuracy, cost=self.cost)
-        for candidate in ranking.candidates:
-            plans = self._replicas(endpoint, candidate, view, ranking.note)
+        asked = (endpoint, view, self.engines, self.accuracy)
+        for candidate, note in best_at_load(*asked, cost=self.cost):
+            plans = self._replicas(endpoint, candidate, view, note)
             if plans is not None:
                 return Deploy(plans=plans)
+        ranking = rank_at_load(*asked, cost=self.cost)
         return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
 
     def _replicas(
@@ -186,11 +198,8 @@ class MaverIQ:
     ) -> tuple[DeploymentPlan, ...] | None:
         """Return a plan for each replica, None if the rule finds no GPUs for one."""
         plans: list[DeploymentPlan] = []
-        for _ in range(candidate.replicas):
-            gpus = [gpu for gpu in view.gpus if gpu.kind == candidate.configuration.gpu]
-            order = (
-                self.rule(self.tie_break.order(gpus)) if self.rule else ClusterView(gpus=tuple(gpus)).by_free_memory()
-            )
+        order = self._order(candidate, view)
+        while len(plans) < candidate.replicas:
             gpu_ids = place_on_a_node(candidate.gpu_bytes, order)
             if gpu_ids is None:
                 return None
@@ -204,5 +213,15 @@ class MaverIQ:
                 note=note,
             )
             plans.append(plan)
-            view = view.without(gpu_ids)  # replicas that share a GPU would only slow each other down
+            # Replicas that share a GPU would only slow each other down.
+            if self.rule is None or isinstance(self.rule, GpuByGpu):
+                order = [gpu for gpu in order if gpu.gpu_id not in gpu_ids]
+            else:
+                view = view.without(gpu_ids)
+                order = self._order(candidate, view)
         return tuple(plans)
+
+    def _order(self, candidate: LoadCandidate, view: ClusterView) -> Sequence[GpuView]:
+        """Return the GPUs of a candidate's kind in the order of preference."""
+        gpus = [gpu for gpu in view.gpus if gpu.kind == candidate.configuration.gpu]
+        return self.rule(self.tie_break.order(gpus)) if self.rule else ClusterView(gpus=tuple(gpus)).by_free_memory()

@@ -23,6 +23,11 @@ class ScoreUnit(StrEnum):
     GPU_SECONDS = "GPU s"
     USD_PER_MILLION_TOKENS = "$ per 1M tokens"
 
+    @property
+    def counts_memory(self) -> bool:
+        """Whether it grows with the memory that a deployment holds."""
+        return self in (ScoreUnit.GIB, ScoreUnit.GIB_SECONDS)
+
     def score(
         self, service: ServiceEstimate, *, memory_bytes: Bytes, gpus: int, batch: int, usd_per_hour: float | None
     ) -> float:
@@ -61,9 +66,23 @@ class ScoreUnit(StrEnum):
             memory_bytes: over all GPUs.
             usd_per_hour: price of these GPUs, for `USD_PER_MILLION_TOKENS`.
         """
+        if self is ScoreUnit.SECONDS:
+            return service.latency_s
+        return self.least_at_rate(
+            output_tokens=service.output_tokens,
+            rps=rps,
+            gpus=gpus,
+            memory_bytes=memory_bytes,
+            usd_per_hour=usd_per_hour,
+        )
+
+    def least_at_rate(
+        self, *, output_tokens: int, rps: float, gpus: int, memory_bytes: Bytes, usd_per_hour: float | None
+    ) -> float:
+        """Return what `score_at_rate` is at least, however long requests take: all but seconds are known."""
         match self:
             case ScoreUnit.SECONDS:
-                return service.latency_s
+                return 0.0
             case ScoreUnit.GIB:
                 return gib(memory_bytes)
             case ScoreUnit.GIB_SECONDS:
@@ -71,7 +90,7 @@ class ScoreUnit(StrEnum):
             case ScoreUnit.GPU_SECONDS:
                 return gpus / rps
             case ScoreUnit.USD_PER_MILLION_TOKENS:
-                return (usd_per_hour or 0.0) / _SECONDS_PER_HOUR * 1e6 / (rps * service.output_tokens)
+                return (usd_per_hour or 0.0) / _SECONDS_PER_HOUR * 1e6 / (rps * output_tokens)
             case _ as never:
                 assert_never(never)
 

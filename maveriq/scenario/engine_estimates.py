@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import ModelSpec
@@ -14,6 +15,13 @@ from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.estimate.load_curve import LoadCurve
 from maveriq.policy.configuration import NO_ROOM, RejectedConfig
 from maveriq.scenario.continuous_engines import ContinuousEngines, SizedEngine
+from maveriq.workload.model_sets import ContinuousSettings
+
+_EngineKey: TypeAlias = tuple[ContinuousSettings, ModelSpec]
+"""What engines of a kind have in common, whichever endpoint they serve."""
+
+_LoadKey: TypeAlias = tuple[_EngineKey, int, int]
+"""The same with the lengths of prompts and outputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +39,8 @@ class PlannedEngines:
 
     engines: ContinuousEngines
     restrict: Callable[[Estimator], Estimator] | None = None
-    _curves: dict[tuple[EndpointSpec, ParallelConfig], LoadCurve] = field(default_factory=dict)
+    _sized: dict[_EngineKey, dict[ParallelConfig, SizedEngine]] = field(default_factory=dict)
+    _curves: dict[_LoadKey, dict[ParallelConfig, LoadCurve]] = field(default_factory=dict)
 
     def configurations(self, endpoint: EndpointSpec, *, kind: str, gpus: int) -> Iterable[ParallelConfig]:
         """Return the configurations to consider on up to so many GPUs of a kind, in the order that breaks ties.
@@ -46,10 +55,10 @@ class PlannedEngines:
             estimator = self.engines.estimator(endpoint, kind)
             considered = (
                 configuration
-                for configuration in estimator.configurations(endpoint.model, gpus=gpus, batch_size=1)
-                if configuration.ep in (1, configuration.tp)
-                and configuration.pp == (endpoint.pattern.pp or 1)
-                and endpoint.pattern.allows(configuration)
+                for configuration in estimator.configurations(
+                    endpoint.model, gpus=gpus, batch_size=1, stages=endpoint.pattern.pp or 1
+                )
+                if configuration.ep in (1, configuration.tp) and endpoint.pattern.allows(configuration)
             )
         return [self._on_kind(endpoint.model, configuration, kind) for configuration in considered]
 
@@ -71,7 +80,7 @@ class PlannedEngines:
         if endpoint.configuration is not None:
             return None  # if its engine does not start, it says itself why
         try:
-            sized = self.engines.sized(endpoint, configuration)
+            sized = self._sized_engine(endpoint, configuration)
         except InputError as error:
             return RejectedConfig(configuration=configuration, reason=str(error))
         if (reason := sized.resolved.why_too_few_blocks(sized.blocks)) is not None:
@@ -80,23 +89,39 @@ class PlannedEngines:
 
     def load_curve(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> LoadCurve:
         """Return the times of an engine's requests, from idle to full."""
-        key = (endpoint, configuration)
-        if key not in self._curves:
-            self._curves[key] = _load_curve(endpoint, self.engines.sized(endpoint, configuration))
-        return self._curves[key]
+        mean = endpoint.load or endpoint  # both have lengths
+        key = (self._engine_key(endpoint), mean.prompt_tokens, mean.output_tokens)
+        curves = self._curves.setdefault(key, {})
+        if configuration not in curves:
+            curves[configuration] = _load_curve(
+                endpoint.model,
+                self._sized_engine(endpoint, configuration),
+                prompt_tokens=mean.prompt_tokens,
+                output_tokens=mean.output_tokens,
+            )
+        return curves[configuration]
+
+    def _engine_key(self, endpoint: EndpointSpec) -> _EngineKey:
+        return self.engines.settings[endpoint.endpoint_id], endpoint.model
+
+    def _sized_engine(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> SizedEngine:
+        """Return an engine before it starts; the same for all endpoints with equal models and settings."""
+        sized = self._sized.setdefault(self._engine_key(endpoint), {})
+        if configuration not in sized:
+            sized[configuration] = self.engines.sized(endpoint, configuration)
+        return sized[configuration]
 
 
-def _load_curve(endpoint: EndpointSpec, sized: SizedEngine) -> LoadCurve:
-    mean = endpoint.load or endpoint  # both have lengths
+def _load_curve(model: ModelSpec, sized: SizedEngine, *, prompt_tokens: int, output_tokens: int) -> LoadCurve:
     # A sequence holds its prompt, and on average half of its output.
-    room = sized.kv_tokens // (mean.prompt_tokens + mean.output_tokens // 2)
+    room = sized.kv_tokens // (prompt_tokens + output_tokens // 2)
 
     def service_of(in_flight: int) -> ServiceEstimate:
         return sized.estimator.service(
-            endpoint.model,
+            model,
             sized.configuration,
-            prompt_tokens=mean.prompt_tokens,
-            output_tokens=mean.output_tokens,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
             batch=in_flight,
             max_step_tokens=sized.resolved.max_num_batched_tokens,
         )

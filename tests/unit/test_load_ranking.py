@@ -16,8 +16,8 @@ from maveriq.errors import InputError
 from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.estimate.load_curve import LoadCurve
 from maveriq.policy.configuration import RejectedConfig
-from maveriq.policy.load_ranking import MAX_UTILIZATION, SLO_SHARE, LoadRanking, rank_at_load
-from maveriq.policy.maveriq import MaverIQ, least_loaded_first, packing
+from maveriq.policy.load_ranking import MAX_UTILIZATION, SLO_SHARE, LoadRanking, best_at_load, rank_at_load
+from maveriq.policy.maveriq import MaverIQ, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Deploy
 from maveriq.units import BYTES_PER_GIB
 
@@ -234,7 +234,51 @@ def test_rejected_configurations_have_their_reasons():
     assert "above the TPOT SLO of 4 ms" in {each.reason for each in ranking.rejected}
 
 
+@settings(max_examples=200)
+@given(
+    st.none() | st.floats(0.1, 200), st.sampled_from(Objective), st.sampled_from(Cost), st.none() | st.integers(1, 20),
+    st.none() | st.floats(0.003, 0.05), st.none() | st.floats(0.01, 1.0), st.integers(1, 16),
+)  # fmt: skip
+def test_the_best_come_one_by_one_in_the_order_of_the_ranking(rps, objective, cost, replicas, tpot_s, ttft_s, gpus):
+    asked = endpoint(rps, replicas=replicas, objective=objective, slo_tpot_s=tpot_s, slo_ttft_s=ttft_s)
+    ranking = ranked(asked, gpus, cost=cost)
+    found = best_at_load(asked, view(gpus), ENGINES, lambda *_: None, cost=cost)
+    assert list(found) == [(candidate, ranking.note) for candidate in ranking.candidates]
+
+
+def test_what_costs_too_much_in_any_case_is_not_estimated():
+    estimated = set()
+
+    class Counting(SimpleEngines):
+        def load_curve(self, endpoint, configuration):
+            estimated.add(configuration.tp)
+            return super().load_curve(endpoint, configuration)
+
+    best, _ = next(best_at_load(endpoint(1.0), view(16), Counting(), lambda *_: None))
+    assert best.configuration.tp == 1
+    assert estimated == {1}
+
+
 # Placement
+
+
+class OneByOne:
+    """A placement rule that is asked again for each replica, as a user's is."""
+
+    def __init__(self, rule) -> None:
+        self._rule = rule
+
+    def __call__(self, gpus):
+        return self._rule(gpus)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.6, 1.0]), min_size=4, max_size=16), st.floats(0.1, 40))
+def test_a_rule_that_ranks_each_gpu_by_itself_is_asked_once_for_all_replicas(loads, rps):
+    gpus = tuple(replace(gpu, load=load) for gpu, load in zip(view(len(loads)).gpus, loads, strict=True))
+    for rule in (least_loaded_first, packing, hybrid(0.5)):
+        once, again = (policy(each).decide(endpoint(rps), ClusterView(gpus=gpus)) for each in (rule, OneByOne(rule)))
+        assert once == again
 
 
 def policy(rule=least_loaded_first) -> MaverIQ:

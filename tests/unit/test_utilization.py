@@ -8,12 +8,20 @@ from fixtures import endpoint_spec, make_controller
 from hypothesis import given
 
 from maveriq.control.events import EndpointAdded, EngineUp, ExecutionFinished, RequestArrived
-from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
+from maveriq.control.utilization import UtilizationWindow, recent_loads, sampling_phases_us
 from maveriq.domain.cluster import LoadWindow
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 
 SMALL = LoadWindow(samples=5, sample_us=10, look_us=4, busy_share=0.25)
+
+
+def recent_load(spans, now_us, window, phase_us=0):
+    """Return the load of one GPU, which is the same beside others."""
+    beside = [(0, now_us)]
+    alone, *_ = recent_loads([spans], now_us, window, [phase_us])
+    assert recent_loads([beside, spans, [], spans], now_us, window, [0, phase_us, 3, phase_us])[1::2] == [alone, alone]
+    return alone
 
 
 @pytest.mark.parametrize(
