@@ -15,8 +15,8 @@ from maveriq.report.page.charts import Axis, Bar, BarChart, Chart, Line, LineCha
 from maveriq.report.page.page import Card, Page, Section, Snippet, Verdict
 from maveriq.report.view import Column, Table, number_column, row
 from maveriq.sweeps.run import SweepResult
-from maveriq.sweeps.spec import SEED, cells_of
-from maveriq.sweeps.tables import ALL, SECONDS
+from maveriq.sweeps.spec import SECONDS, SEED, cells_of
+from maveriq.sweeps.tables import ALL
 from maveriq.sweeps.view import sweep_view
 
 if TYPE_CHECKING:

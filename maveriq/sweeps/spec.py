@@ -34,6 +34,21 @@ _MAX_SAMPLES = 10_000
 _KERNEL = "kernel"
 _NOT_OF_OPTIONS = ("slo_ttft_ms", "slo_tpot_ms", _KERNEL)
 
+SECONDS, POINTS = "ratio", "difference"
+
+COMPARED: Mapping[str, str] = {
+    "latency_mean_s": SECONDS,
+    "latency_p95_s": SECONDS,
+    "ttft_mean_s": SECONDS,
+    "tpot_mean_s": SECONDS,
+    "throughput_per_s": SECONDS,
+    "cost_gib_s_mean": SECONDS,
+    "gpu_hours": SECONDS,
+    "slo_attainment": POINTS,
+    "goodput": POINTS,
+}
+"""The figures that are compared: by their ratio, or shares by their difference."""
+
 Value: TypeAlias = bool | int | float | str
 _Values: TypeAlias = Annotated[list[Value], msgspec.Meta(min_length=1, max_length=10_000)]
 
@@ -108,19 +123,28 @@ class Contrast(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     baseline: Value = ""
 
 
+class Answer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What answers the question of a sweep: a figure of the compared factor's values, over all else that varies."""
+
+    figure: str
+
+
 class SweepSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """A sweep as its file describes it; see docs/sweeps.md.
 
     `options` are of all cells. Each combination of the values in `grid`, with each point of `sample` and each entry of
     `runs`, is a cell. `runs` lists options that belong together.
+    `question` is what the sweep was made to answer, in one sentence.
     """
 
     name: str
+    question: str = ""
     options: dict[str, Any] = {}
     grid: dict[str, _Values] = {}
     sample: Sample | None = None
     runs: list[dict[str, Value]] = []
     compare: Contrast | None = None
+    answer: Answer | None = None
 
     def factors(self) -> tuple[str, ...]:
         """Return the options that differ between cells: those of the grid, of the sample, and of the runs listed."""
@@ -204,6 +228,11 @@ def _check_sample(sample: Sample) -> None:
 
 
 def _check_contrast(spec: SweepSpec) -> None:
+    if spec.answer is not None:
+        if spec.contrast() is None:
+            raise InputError("answer: nothing is compared; name a factor in compare")
+        if spec.answer.figure not in COMPARED:
+            raise UnknownNameError("figure of the answer", spec.answer.figure, COMPARED)
     if spec.compare is None:
         return
     if spec.compare.factor not in spec.grid:

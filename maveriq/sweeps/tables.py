@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maveriq.sweeps.spec import SEED, Cell, Contrast
+from maveriq.sweeps.spec import COMPARED, POINTS, SECONDS, SEED, Cell, Contrast
 from maveriq.sweeps.worker import CellResult
 
 if TYPE_CHECKING:
@@ -19,20 +19,6 @@ ALL = "all"
 
 CONFIDENCE = 0.95
 _ROUNDING = 1e-12  # pairs that differ by less differ equally
-SECONDS, POINTS = "ratio", "difference"
-
-COMPARED: Mapping[str, str] = {
-    "latency_mean_s": SECONDS,
-    "latency_p95_s": SECONDS,
-    "ttft_mean_s": SECONDS,
-    "tpot_mean_s": SECONDS,
-    "throughput_per_s": SECONDS,
-    "cost_gib_s_mean": SECONDS,
-    "gpu_hours": SECONDS,
-    "slo_attainment": POINTS,
-    "goodput": POINTS,
-}
-"""The figures that are compared: by their ratio, or shares by their difference."""
 
 
 def cells_table(cells: Sequence[Cell], results: Mapping[int, CellResult], factors: Sequence[str]) -> pd.DataFrame:
@@ -126,11 +112,11 @@ def compare_values(table: pd.DataFrame, factors: Sequence[str], contrast: Contra
     settings = [name for name in others if name != SEED] if has_seeds else []
     rows: list[dict[str, Any]] = []
     for value in (value for value in values if value != baseline):
-        all_pairs = _pairs(whole, others, contrast.factor, value, baseline)
+        all_pairs = pairs_of(whole, others, contrast.factor, value, baseline)
         compared = {"factor": contrast.factor, "value": value, "baseline": baseline}
         for setting, pairs in _by_setting(all_pairs, settings):
             for figure, effect in COMPARED.items():
-                if figure in whole and len(found := _differences(pairs, figure, effect)):
+                if figure in whole and len(found := differences(pairs, figure, effect)):
                     counted = {"figure": figure, "pairs": len(found), "effect": effect}
                     rows.append(setting | compared | counted | _estimate(found, effect))
     for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
@@ -147,14 +133,18 @@ def _by_setting(pairs: pd.DataFrame, settings: Sequence[str]) -> Iterator[tuple[
         yield dict(zip(settings, key, strict=True)), group
 
 
-def _pairs(whole: pd.DataFrame, keys: Sequence[str], factor: str, value: object, baseline: object) -> pd.DataFrame:
+def pairs_of(whole: pd.DataFrame, keys: Sequence[str], factor: str, value: object, baseline: object) -> pd.DataFrame:
+    """Return the runs with a value of a factor beside those with its baseline that agree in `keys`.
+
+    Columns of the baseline's run end in `_baseline`.
+    """
     ours, theirs = (whole[whole[factor] == each] for each in (value, baseline))
     if not keys:
         return ours.merge(theirs, how="cross", suffixes=("", "_baseline"))
     return ours.merge(theirs, on=list(keys), suffixes=("", "_baseline"))
 
 
-def _differences(pairs: pd.DataFrame, figure: str, effect: str) -> np.ndarray[Any, Any]:
+def differences(pairs: pd.DataFrame, figure: str, effect: str) -> np.ndarray[Any, Any]:
     """Return the difference within each pair that has the figure: of logarithms, or of shares."""
     ours, theirs = (pairs[name].to_numpy(float) for name in (figure, f"{figure}_baseline"))
     known = np.isfinite(ours) & np.isfinite(theirs)

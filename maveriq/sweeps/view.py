@@ -7,9 +7,10 @@ import math
 from maveriq.report.formatting import NONE, figure, share
 from maveriq.report.results import WIDE
 from maveriq.report.view import Column, Part, Table, Text, View, fit_width, number_column, row, spaced
+from maveriq.sweeps.answer import answer_sentence
 from maveriq.sweeps.run import SweepResult
-from maveriq.sweeps.spec import SEED
-from maveriq.sweeps.tables import ALL, SECONDS
+from maveriq.sweeps.spec import SECONDS, SEED
+from maveriq.sweeps.tables import ALL
 
 _MAX_ROWS = 40
 _MAX_COMPARISONS = 60
@@ -36,7 +37,7 @@ _NAMES = {
 
 
 def sweep_view(result: SweepResult, *, width: int = WIDE) -> View:
-    """Return the means of every combination of factors, the comparison, and what failed.
+    """Return the means of every combination of factors, the comparison, the answer if one was asked for, and failures.
 
     Args:
         result: of the sweep.
@@ -47,6 +48,8 @@ def sweep_view(result: SweepResult, *, width: int = WIDE) -> View:
         parts += fit_width(_means(result), width)
     if len(result.comparison):
         parts += fit_width(_comparison(result), width)
+    if answer := answer_sentence(result.spec, result.cells):
+        parts.append(Text(" ".join(filter(None, [result.spec.question, answer])), "bold"))
     parts += [Text(f"run {cell.number} failed ({cell}): {reason}", "red") for cell, reason in result.failed]
     return View(spaced(parts))
 
