@@ -1,7 +1,8 @@
 """The fewest GPUs that meet a target, found with few simulations, and how sure that is.
 
-Each simulation of a cluster size has a seed and gives the share of requests that meet their SLOs. More GPUs are taken
-to be no worse on average; the probes around the answer show where that does not hold.
+Each simulation of a cluster size has a seed and gives the share of requests that meet their SLOs. More GPUs are mostly
+no worse, and the search begins as if that always held. It does not: a policy that deploys one model after the other may
+give the first one more GPUs than it needs, and leave too few for the next. So smaller sizes are screened afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from maveriq.compat import StrEnum
 
 CONFIDENCE = 0.95
 _NEIGHBORS = 3  # on each side of the answer, where the sizes there are uncertain
+_SCREENED = 24  # smaller sizes, those nearest to the answer
+_DEVIATIONS = 3  # by which a size with one seed must miss the target, else it gets more seeds
 
 Simulate = Callable[[int, Sequence[int]], Sequence[float]]
 """Returns the attainment (0 to 1) of so many GPUs for each of some seeds."""
@@ -60,6 +63,11 @@ class Point:
         return float(np.mean(self.attainments))
 
     @property
+    def deviation(self) -> float:
+        """The standard deviation over seeds; 0 for one seed."""
+        return float(np.std(self.attainments, ddof=1)) if len(self.attainments) > 1 else 0.0
+
+    @property
     def half_width(self) -> float:
         """Half the 95 % confidence interval of the mean (Student's t); infinite for one seed."""
         from scipy import stats
@@ -68,7 +76,7 @@ class Point:
         if count < 2:
             return math.inf
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-        return float(quantile * np.std(self.attainments, ddof=1) / math.sqrt(count))
+        return float(quantile * self.deviation / math.sqrt(count))
 
     @property
     def verdict(self) -> Verdict:
@@ -86,7 +94,7 @@ class Sizes:
 
     Args:
         answer: the fewest GPUs whose mean reaches the target; None if none of at most `max_gpus` does.
-        low: the fewest that are not sure to miss it.
+        low: the fewest that are not sure to miss it, of those that were simulated with several seeds.
         high: the fewest that are sure to meet it; None where none of those tried are.
         points: every size that was simulated, ascending.
     """
@@ -112,42 +120,91 @@ class _Probes:
     max_seeds: int
     points: dict[int, Point] = field(default_factory=dict)
 
-    def at(self, gpus: int) -> Point:
+    def at(self, gpus: int, *, least: int = 0) -> Point:
         """Return what is known of a size: after more seeds, as long as that leaves it open whether it meets the target.
 
-        Seeds are the same for all sizes.
+        Seeds are the same for all sizes. `least` is how many a size gets at least, up to the most.
         """
-        point = self.points.get(gpus)
-        known: tuple[float, ...] = () if point is None else point.attainments
-        while point is None or (not point.verdict.is_sure and len(known) < self.max_seeds):
-            wanted = min(self.max_seeds, max(self.seeds, 2 * len(known)))
-            known += tuple(self.simulate(gpus, range(len(known) + 1, wanted + 1)))
-            point = Point(gpus=gpus, attainments=known, target=self.target)
-        self.points[gpus] = point
-        return point
+        least = min(self.max_seeds, max(self.seeds, least))
+        while self._count(gpus) < least or (
+            not self.points[gpus].verdict.is_sure and self._count(gpus) < self.max_seeds
+        ):
+            known = self._count(gpus)
+            self._simulate(gpus, min(self.max_seeds, max(least, 2 * known if known >= self.seeds else 0)))
+        return self.points[gpus]
+
+    def screen(self, gpus: int) -> Point:
+        """Return what one seed tells of a size, and what more do where that leaves it open."""
+        if self._count(gpus):
+            return self.at(gpus) if self._count(gpus) > 1 else self.points[gpus]
+        self._simulate(gpus, 1)
+        point = self.points[gpus]
+        margin = _DEVIATIONS * max((near.deviation for near in self._nearest(gpus)), default=0.0)
+        return self.at(gpus) if point.mean + margin >= self.target else point
+
+    def _count(self, gpus: int) -> int:
+        return len(self.points[gpus].attainments) if gpus in self.points else 0
+
+    def _simulate(self, gpus: int, seeds: int) -> None:
+        """Simulate a size with as many seeds as it lacks."""
+        known = self.points[gpus].attainments if gpus in self.points else ()
+        more = tuple(self.simulate(gpus, range(len(known) + 1, seeds + 1)))
+        self.points[gpus] = Point(gpus=gpus, attainments=known + more, target=self.target)
+
+    def _nearest(self, gpus: int) -> list[Point]:
+        """Return the next smaller and the next larger size that have several seeds."""
+        known = [point for point in self.points.values() if len(point.attainments) > 1]
+        below = [point for point in known if point.gpus < gpus]
+        above = [point for point in known if point.gpus > gpus]
+        return [*sorted(below, key=lambda point: -point.gpus)[:1], *sorted(above, key=lambda point: point.gpus)[:1]]
 
 
 def fewest_gpus(
-    simulate: Simulate, *, target: float, max_gpus: int, first: int = 1, seeds: int = 3, max_seeds: int = 12
+    simulate: Simulate,
+    *,
+    target: float,
+    max_gpus: int,
+    first: int = 1,
+    least: int = 1,
+    seeds: int = 3,
+    max_seeds: int = 12,
 ) -> Sizes:
     """Return the fewest GPUs that meet a target.
 
-    The size doubles until it meets the target, and is then found by bisection. Around the answer, sizes are
-    simulated until one is sure to miss and one is sure to meet the target.
+    The size doubles until it meets the target, and is then found by bisection. The answer gets twice the seeds; while
+    it then misses the target, the next size is tried. The smaller sizes nearest to it are screened with one seed each,
+    and those that may meet the target get more. Without an answer, the sizes nearest to the best one are screened.
+    Around the answer, sizes are simulated until one is sure to miss and one is sure to meet the target.
 
     Args:
         simulate: simulates a size.
         target: the share of requests that must meet their SLOs, 0 to 1.
         max_gpus: the most GPUs to consider, at least 1.
         first: the size to begin with.
+        least: the fewest GPUs to consider, at least 1.
         seeds: simulations of each size, at least 2.
         max_seeds: the most of a size that is near the target.
     """
     probes = _Probes(simulate, target, seeds, max(seeds, max_seeds))
-    misses, meets = 0, min(max(1, first), max_gpus)
+    answer = _by_bisection(probes, first=max(least, first), least=least, max_gpus=max_gpus)
+    if answer is None:
+        best = max(probes.points.values(), key=lambda point: (point.mean, -point.gpus)).gpus
+        answer = _screened(probes, range(least, max_gpus + 1), near=best)
+    else:
+        below = _screened(probes, range(least, answer), near=answer)
+        answer = answer if below is None else below
+    if answer is not None:
+        _probe_until(probes, range(answer - 1, max(least - 1, answer - 1 - _NEIGHBORS), -1), Verdict.MISSES)
+        _probe_until(probes, range(answer + 1, min(max_gpus, answer + _NEIGHBORS) + 1), Verdict.MEETS)
+    return _sizes(answer, probes)
+
+
+def _by_bisection(probes: _Probes, *, first: int, least: int, max_gpus: int) -> int | None:
+    """Return the fewest GPUs that meet the target if more are never worse, None if not even the most do."""
+    misses, meets = least - 1, min(first, max_gpus)
     while not probes.at(meets).verdict.is_met:
         if meets == max_gpus:
-            return _sizes(None, probes)
+            return None
         misses, meets = meets, min(2 * meets, max_gpus)
     while meets - misses > 1:
         middle = (misses + meets) // 2
@@ -155,9 +212,19 @@ def fewest_gpus(
             meets = middle
         else:
             misses = middle
-    _probe_until(probes, range(meets - 1, max(0, meets - 1 - _NEIGHBORS), -1), Verdict.MISSES)
-    _probe_until(probes, range(meets + 1, min(max_gpus, meets + _NEIGHBORS) + 1), Verdict.MEETS)
-    return _sizes(meets, probes)
+    while not probes.at(meets, least=2 * probes.seeds).verdict.is_met:
+        if meets == max_gpus:
+            return None
+        meets += 1
+    return meets
+
+
+def _screened(probes: _Probes, sizes: Sequence[int], *, near: int) -> int | None:
+    """Return the fewest GPUs that meet the target after all, of the sizes nearest to one."""
+    for gpus in sorted(sorted(sizes, key=lambda size: abs(size - near))[:_SCREENED]):
+        if probes.screen(gpus).verdict.is_met and probes.at(gpus, least=2 * probes.seeds).verdict.is_met:
+            return gpus
+    return None
 
 
 def _probe_until(probes: _Probes, sizes: Iterable[int], verdict: Verdict) -> None:
@@ -169,12 +236,12 @@ def _probe_until(probes: _Probes, sizes: Iterable[int], verdict: Verdict) -> Non
 
 def _sizes(answer: int | None, probes: _Probes) -> Sizes:
     points = sorted(probes.points.values(), key=lambda point: point.gpus)
-    sure_misses = [point.gpus for point in points if point.verdict is Verdict.MISSES]
-    sure = [point.gpus for point in points if point.verdict is Verdict.MEETS]
-    below = [gpus for gpus in sure_misses if answer is None or gpus < answer]
+    several = [point for point in points if len(point.attainments) > 1]  # one seed: it misses by far
+    open_sizes = [point.gpus for point in several if point.verdict is not Verdict.MISSES]
+    sure = [point.gpus for point in several if point.verdict is Verdict.MEETS and point.gpus >= (answer or 0)]
     return Sizes(
         answer=answer,
-        low=max(below, default=0) + 1,
-        high=min((gpus for gpus in sure if answer is None or gpus >= answer), default=None),
+        low=min([*open_sizes, *([] if answer is None else [answer])], default=points[-1].gpus + 1),
+        high=None if answer is None else min(sure, default=None),
         points=tuple(points),
     )

@@ -230,16 +230,16 @@ class _Simulations:
     def size(self, kind: str) -> KindSize:
         """Return the answer for a kind of GPU, also for when everything takes longer."""
         found: dict[int, CellResult] = {}
-        sizes = self._search(self._request, kind, found, first=1)
+        sizes = self._search(self._request, kind, found, least=1)
         answer = KindSize(kind=kind, usd_per_hour=gpu_sheets()[kind].usd_per_hour, sizes=sizes, found=found)
         if sizes.answer is None:
             return replace(answer, why_not_slower="there is no answer")
         if why_not := _why_not_slower(self._request.options):
             return replace(answer, why_not_slower=why_not)
         with _slower(self._request) as slower:
-            return replace(answer, when_slower=self._search(slower, kind, {}, first=sizes.answer).answer)
+            return replace(answer, when_slower=self._search(slower, kind, {}, least=sizes.answer).answer)
 
-    def _search(self, request: SizeRequest, kind: str, found: dict[int, CellResult], *, first: int) -> Sizes:
+    def _search(self, request: SizeRequest, kind: str, found: dict[int, CellResult], *, least: int) -> Sizes:
         def simulate(gpus: int, seeds: Sequence[int]) -> list[float]:
             self._watch(kind, gpus, len(seeds))
             results = self._results(request, kind, gpus, seeds)
@@ -250,7 +250,7 @@ class _Simulations:
             simulate,
             target=request.attainment,
             max_gpus=request.max_gpus,
-            first=first,
+            least=least,
             seeds=request.seeds,
             max_seeds=request.max_seeds,
         )
