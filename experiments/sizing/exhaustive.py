@@ -45,7 +45,6 @@ from maveriq.sweeps.worker import CellResult, CellTask, simulate_cell
 RESULTS = Path(__file__).parent / "results"
 MAX_GPUS, SEEDS, MAX_SEEDS = 64, 3, 12  # the defaults of `maveriq size`
 _AROUND = 3  # sizes on each side of the answer of which the truth is found out
-_NODE = 8
 _MODELS = ("llama-3.2-3b", "qwen3-4b", "qwen2.5-7b", "mistral-7b", "llama-3.1-8b", "qwen3-14b")
 _GPUS = ("L40S", "A100-80GB-SXM", "H100-SXM")
 
@@ -69,7 +68,7 @@ class Problem:
     def options(self, *, seed: int) -> Options:
         """Return the options of its simulations."""
         return Options(
-            models=self.models, trace="synthetic", rate=self.rate, duration_s=30.0, prompt_tokens=self.prompt_tokens,
+            models=self.models, trace="synthetic", rate=self.rate, duration_s=20.0, prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens, service_times="physics", queue=self.queue, seed=seed,
         )  # fmt: skip
 
@@ -140,7 +139,7 @@ class RememberingPool:
         if settled not in known:
             self.simulated += 1
             known[settled] = simulate_cell(CellTask(number=0, options={**options, "gpus": f"{settled}x{kind}"}))
-            has_spare = settled < MAX_GPUS and _has_spare_node(known[settled], settled)
+            has_spare = settled < MAX_GPUS and _has_spare_gpu(known[settled], settled)
             if has_spare and _placement(options, settled, kind) == _placement(options, MAX_GPUS, kind):
                 self._settled[run] = settled
         return known[settled]
@@ -151,9 +150,9 @@ def replace_number(result: CellResult, number: int) -> CellResult:
     return CellResult(**{name: getattr(result, name) for name in CellResult.__struct_fields__} | {"number": number})
 
 
-def _has_spare_node(result: CellResult, gpus: int) -> bool:
-    """Return whether deployments leave as many GPUs as a node has, if none share one."""
-    return sum(map(int, re.findall(r" on (\d+) GPU", " ".join(result.deployments)))) + _NODE <= gpus
+def _has_spare_gpu(result: CellResult, gpus: int) -> bool:
+    """Return whether deployments leave a GPU, if none share one."""
+    return sum(map(int, re.findall(r" on (\d+) GPU", " ".join(result.deployments)))) < gpus
 
 
 def _placement(options: dict[str, Any], gpus: int, kind: str) -> list[Any]:

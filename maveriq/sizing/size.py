@@ -108,6 +108,12 @@ class SizeResult:
         answered = [kind for kind in self.kinds if kind.sizes.answer is not None]
         return min(answered, key=lambda kind: (kind.cluster_usd_per_hour, kind.sizes.answer), default=None)
 
+    @property
+    def fewest(self) -> KindSize | None:
+        """The answer with the fewest GPUs; of equal ones, the cheapest. None if no kind has one."""
+        answered = [kind for kind in self.kinds if kind.sizes.answer is not None]
+        return min(answered, key=lambda kind: (kind.sizes.answer, kind.cluster_usd_per_hour), default=None)
+
     def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a report of the sizing as one HTML file that loads nothing, and return where it is.
 

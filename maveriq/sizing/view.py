@@ -30,12 +30,13 @@ def size_view(result: SizeResult, *, width: int = WIDE) -> View:
         parts += [*fit_width(_curve(kind), width), BLANK]
         parts += [Text(line) for line in _reasons(kind)]
         parts.append(BLANK)
-    best = result.best
-    if best is not None and len(result.kinds) > 1:
-        parts.append(
-            Text(f"Cheapest: {best.sizes.answer} x {best.kind}, ${best.cluster_usd_per_hour:,.2f} an hour.", "bold")
-        )
+    if len(result.kinds) > 1 and result.best is not None and result.fewest is not None:
+        parts.append(Text(f"Cheapest: {_cluster(result.best)}. Fewest GPUs: {_cluster(result.fewest)}.", "bold"))
     return View(parts)
+
+
+def _cluster(kind: KindSize) -> str:
+    return f"{kind.sizes.answer} x {kind.kind}, ${kind.cluster_usd_per_hour:,.2f} an hour"
 
 
 def _verdict(kind: KindSize, result: SizeResult) -> str:
@@ -147,10 +148,11 @@ def _met(row: Mapping[str, float | None]) -> float | None:
 
 def size_json(result: SizeResult) -> dict[str, Any]:
     """Return the answers in plain values."""
-    best = result.best
+    best, fewest = result.best, result.fewest
     return {
         "attainment_target": result.request.attainment,
         "cheapest": None if best is None else best.kind,
+        "fewest": None if fewest is None else fewest.kind,
         "kinds": [_kind_json(kind) for kind in result.kinds],
     }
 

@@ -58,6 +58,33 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert np.mean(held) >= 0.9  # each end is that of one size, and several sizes are tried
 
 
+@given(needed=st.integers(2, 40), lucky=st.integers(1, 40), first=st.integers(1, 64))
+def test_a_smaller_size_that_meets_the_target_is_found_below_ones_that_miss_it(needed, lucky, first):
+    """A policy can leave too few GPUs for the last model on 4 and enough on 3."""
+
+    def simulate(gpus, seeds):
+        return [0.999 if gpus >= needed or gpus == lucky else 0.7] * len(seeds)
+
+    found = fewest_gpus(simulate, target=0.99, max_gpus=64, first=min(first, needed))
+    assert found.answer == (lucky if needed - 24 <= lucky < needed else found.answer)
+    assert found.answer in (lucky, needed)
+    assert found.low <= found.answer
+
+
+def test_one_size_that_meets_the_target_is_found_among_ones_that_miss_it():
+    found = fewest_gpus(lambda gpus, seeds: [1.0 if gpus == 11 else 0.9] * len(seeds), target=0.99, max_gpus=16)
+    assert (found.answer, found.low, found.high) == (11, 11, 11)
+
+
+def test_an_answer_that_more_seeds_refute_is_given_up():
+    """Three seeds are sure that four GPUs are enough, and six know better."""
+
+    def simulate(gpus, seeds):
+        return [1.0 if gpus >= 5 or (gpus == 4 and seed <= 3) else 0.5 for seed in seeds]
+
+    assert fewest_gpus(simulate, target=0.9, max_gpus=64).answer == 5
+
+
 def test_sizes_near_the_target_get_more_seeds_than_others():
     found = fewest_gpus(Cluster(20, steep=0.2, noise=0.004), target=0.99, max_gpus=64)
     seeds = {point.gpus: len(point.attainments) for point in found.points}

@@ -111,6 +111,8 @@ def test_kinds_are_compared_by_price(request_of):
     prices = {kind.kind: kind.cluster_usd_per_hour for kind in result.kinds}
     assert result.best.cluster_usd_per_hour == min(prices.values())
     assert f"Cheapest: {result.best.sizes.answer} x {result.best.kind}" in text_of(result)
+    assert result.fewest.sizes.answer == min(kind.sizes.answer for kind in result.kinds)
+    assert f"Fewest GPUs: {result.fewest.sizes.answer} x {result.fewest.kind}" in text_of(result)
     json.dumps(size_json(result), allow_nan=False)
 
 

@@ -15,7 +15,7 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
-from maveriq.policy.configuration import Ranking, enumerate_configurations, rank
+from maveriq.policy.configuration import Ranking, best_candidate, enumerate_configurations, rank
 from maveriq.policy.maveriq import hybrid, least_loaded_first, packing, place_shards
 from maveriq.policy.policy import Deploy, Rejection
 from maveriq.policy.registry import make_policy
@@ -305,3 +305,34 @@ def test_times_are_in_the_unit_that_was_asked() -> None:
 def test_an_accuracy_below_one_percent_is_taken_for_a_share() -> None:
     with pytest.raises(InputError, match=r"minimum accuracy is in percent, and 0\.98 would be 0\.98 %; write 98 for"):
         Intent(objective=Objective.MIN_COST, min_accuracy=0.98)
+
+
+class CountingEstimator:
+    """Passes everything on, and counts estimates."""
+
+    def __init__(self, estimator) -> None:
+        self._estimator = estimator
+        self.estimates = 0
+
+    def __getattr__(self, name):
+        return getattr(self._estimator, name)
+
+    def service(self, *arguments, **lengths):
+        self.estimates += 1
+        return self._estimator.service(*arguments, **lengths)
+
+
+@pytest.mark.parametrize("objective", Objective)
+@pytest.mark.parametrize(("free_gib", "slo_s"), [(48.0, None), (6.0, None), (48.0, 0.5), (48.0, 1e-6)])
+def test_the_best_candidate_is_the_first_of_the_ranking_with_fewer_estimates(objective, free_gib, slo_s) -> None:
+    model = load_model("llama-3.2-3b")
+    intent = Intent(objective=objective, slo_s=slo_s)
+    endpoint = EndpointSpec(endpoint_id=1, model=model, intent=intent, requested_us=0, prompt_tokens=200, output_tokens=20)
+    view = ClusterView(gpus=tuple(replace(gpu, usd_per_hour=1.0) for gpu in gpus(*[0.0] * 4, free_gib=free_gib)))
+    estimator = CountingEstimator(make_estimator("physics", PROFILE))
+    asked = (endpoint, view, estimator, lambda *_: 100.0)
+    best, needed = best_candidate(*asked), estimator.estimates
+    ranking = rank(*asked)
+    assert best == (None if ranking.note else ranking.candidates[0])
+    if free_gib > 6 and slo_s is None and objective is not Objective.MIN_MEMORY:
+        assert needed < 0.8 * (estimator.estimates - needed)
