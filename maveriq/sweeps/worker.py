@@ -1,13 +1,15 @@
 """A process that simulates cells: it reads a line of JSON for each from stdin, and writes one to stdout.
 
-`python -m maveriq.sweeps.worker` starts it. It ends when stdin does.
+`python -m maveriq.sweeps.worker` starts it. It ends when stdin does, even in the middle of a cell: whoever asked is gone.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,10 +101,23 @@ def main() -> None:
     """Simulate the cells of stdin until it ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not mix with the answers
-    for line in sys.stdin.buffer:
-        result = simulate_cell(msgspec.json.decode(line, type=CellTask))
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    while True:
+        result = simulate_cell(msgspec.json.decode(lines.get(), type=CellTask))
         answers.write(msgspec.json.encode(result) + b"\n")
         answers.flush()
+
+
+def _read(lines: queue.SimpleQueue[bytes]) -> None:
+    """Pass lines of stdin on, and end the process with stdin.
+
+    A sweep that was killed leaves its workers behind. One of them that went on could write the run of its cell while
+    the next start of the sweep writes it, too.
+    """
+    for line in sys.stdin.buffer:
+        lines.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,9 @@ class CountingEstimator:
 def test_the_best_candidate_is_the_first_of_the_ranking_with_fewer_estimates(objective, free_gib, slo_s) -> None:
     model = load_model("llama-3.2-3b")
     intent = Intent(objective=objective, slo_s=slo_s)
-    endpoint = EndpointSpec(endpoint_id=1, model=model, intent=intent, requested_us=0, prompt_tokens=200, output_tokens=20)
+    endpoint = EndpointSpec(
+        endpoint_id=1, model=model, intent=intent, requested_us=0, prompt_tokens=200, output_tokens=20
+    )
     view = ClusterView(gpus=tuple(replace(gpu, usd_per_hour=1.0) for gpu in gpus(*[0.0] * 4, free_gib=free_gib)))
     estimator = CountingEstimator(make_estimator("physics", PROFILE))
     asked = (endpoint, view, estimator, lambda *_: 100.0)
