@@ -1,6 +1,6 @@
 """A process that simulates cells: it reads a line of JSON for each from stdin, and writes one to stdout.
 
-`python -m maveriq.sweeps.worker` starts it. It ends when stdin does, even in the middle of a cell: whoever asked is gone.
+`python -m maveriq.sweeps.worker` starts it. It ends when stdin does, even in the middle of a cell: nobody waits for it.
 """
 
 from __future__ import annotations
