@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from maveriq.compat import StrEnum
 CONFIDENCE = 0.95
 _NEIGHBORS = 3  # on each side of the answer, where the sizes there are uncertain
 _SCREENED = 24  # smaller sizes, those nearest to the answer
-_DEVIATIONS = 3  # by which a size with one seed must miss the target, else it gets more seeds
+_DEVIATIONS = 3  # a size that misses the target by more with one seed gets no more seeds
 
 Simulate = Callable[[int, Sequence[int]], Sequence[float]]
 """Returns the attainment (0 to 1) of so many GPUs for each of some seeds."""
@@ -70,13 +71,8 @@ class Point:
     @property
     def half_width(self) -> float:
         """Half the 95 % confidence interval of the mean (Student's t); infinite for one seed."""
-        from scipy import stats
-
         count = len(self.attainments)
-        if count < 2:
-            return math.inf
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-        return float(quantile * self.deviation / math.sqrt(count))
+        return math.inf if count < 2 else _quantile(count - 1) * self.deviation / math.sqrt(count)
 
     @property
     def verdict(self) -> Verdict:
@@ -110,6 +106,13 @@ class Sizes:
         return sum(len(point.attainments) for point in self.points)
 
 
+@cache
+def _quantile(degrees_of_freedom: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom))
+
+
 @dataclass(slots=True)
 class _Probes:
     """The sizes simulated so far (mutable)."""
@@ -133,14 +136,19 @@ class _Probes:
             self._simulate(gpus, min(self.max_seeds, max(least, 2 * known if known >= self.seeds else 0)))
         return self.points[gpus]
 
-    def screen(self, gpus: int) -> Point:
-        """Return what one seed tells of a size, and what more do where that leaves it open."""
-        if self._count(gpus):
-            return self.at(gpus) if self._count(gpus) > 1 else self.points[gpus]
-        self._simulate(gpus, 1)
-        point = self.points[gpus]
+    def may_meet(self, gpus: int) -> bool:
+        """Return whether a size may meet the target, after one seed if it has none.
+
+        It does not if a size that misses the target is no worse with that seed, or if it misses by far.
+        """
+        if not self._count(gpus):
+            self._simulate(gpus, 1)
+        first = self.points[gpus].attainments[0]
+        known = [point for point in self.points.values() if len(point.attainments) > 1 and point.gpus != gpus]
+        if any(not point.verdict.is_met and point.attainments[0] >= first for point in known):
+            return False
         margin = _DEVIATIONS * max((near.deviation for near in self._nearest(gpus)), default=0.0)
-        return self.at(gpus) if point.mean + margin >= self.target else point
+        return first + margin >= self.target
 
     def _count(self, gpus: int) -> int:
         return len(self.points[gpus].attainments) if gpus in self.points else 0
@@ -222,7 +230,9 @@ def _by_bisection(probes: _Probes, *, first: int, least: int, max_gpus: int) -> 
 def _screened(probes: _Probes, sizes: Sequence[int], *, near: int) -> int | None:
     """Return the fewest GPUs that meet the target after all, of the sizes nearest to one."""
     for gpus in sorted(sorted(sizes, key=lambda size: abs(size - near))[:_SCREENED]):
-        if probes.screen(gpus).verdict.is_met and probes.at(gpus, least=2 * probes.seeds).verdict.is_met:
+        if not probes.may_meet(gpus) or not probes.at(gpus).verdict.is_met:
+            continue
+        if probes.at(gpus, least=2 * probes.seeds).verdict.is_met:
             return gpus
     return None
 

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from maveriq.sizing.search import Verdict, fewest_gpus
 
@@ -24,6 +24,7 @@ class Cluster:
         return [float(np.clip(self.true(gpus) + each, 0, 1)) for each in noise]
 
 
+@settings(max_examples=25)
 @given(needed=st.integers(1, 500), first=st.integers(1, 600), extra=st.integers(0, 600))
 def test_without_noise_the_answer_is_exact(needed, first, extra):
     cluster = Cluster(needed)
@@ -32,6 +33,7 @@ def test_without_noise_the_answer_is_exact(needed, first, extra):
     assert found.simulations == cluster.simulations
 
 
+@settings(max_examples=25)
 @given(needed=st.integers(2, 500))
 def test_too_few_gpus_have_no_answer(needed):
     found = fewest_gpus(Cluster(needed), target=0.99, max_gpus=needed - 1)
@@ -58,6 +60,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert np.mean(held) >= 0.9  # each end is that of one size, and several sizes are tried
 
 
+@settings(max_examples=25)
 @given(needed=st.integers(2, 40), lucky=st.integers(1, 40), first=st.integers(1, 64))
 def test_a_smaller_size_that_meets_the_target_is_found_below_ones_that_miss_it(needed, lucky, first):
     """A policy can leave too few GPUs for the last model on 4 and enough on 3."""
