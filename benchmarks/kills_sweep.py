@@ -118,7 +118,7 @@ class Kills:
         until_s = time.monotonic() + _DEADLINE_S
         wanted = len(self._log()) + int(self._draws.integers(1, 4))
         while process.poll() is None and len(self._log()) < wanted and time.monotonic() < until_s:
-            time.sleep(0.02)
+            time.sleep(0.1)
         time.sleep(float(self._draws.uniform(0.0, 0.3)))
         if starts_second and process.poll() is None:
             self._counts["second_sweeps"] += 1
