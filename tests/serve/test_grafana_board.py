@@ -4,12 +4,14 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from prometheus_client.parser import text_string_to_metric_families
 from test_dashboard import outcome, progress, status
 
 from maveriq.serve.metrics import Metrics
+from maveriq.serve.profile_jobs import ProfileJobs
 
 BOARD: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "docs" / "grafana" / "maveriq-serve.json").read_text(encoding="utf-8")
@@ -25,6 +27,7 @@ def exported() -> dict[str, set[str]]:
     metrics.add_model("tiny")
     metrics.add_cluster(lambda: progress(1, deployments=(status(1, running=1, kv_use=0.5),)), lambda: 0)
     metrics.add_connections(lambda: 1)
+    metrics.add_profiles(cast("ProfileJobs", SimpleNamespace(states=list, total_s=0.0, total_gpu_s=0.0)))
     metrics.http_errors.labels("not_found").inc()
     metrics.accepted.labels("tiny").inc()
     metrics.count_ended("tiny", outcome(0), prompt_tokens=1, slo_us=1)
