@@ -61,11 +61,11 @@ def test_every_experiment_names_known_systems_and_figures():
 def test_the_page_counts_the_runs_of_each_experiment():
     text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
     table = text.partition("| experiment | runs |")[2].partition("\n\n")[0]
-    told = {}
+    stated = {}
     for names, counts in re.findall(r"^\| (`[^|]+) \| ([\d, –]+) \|", table, re.MULTILINE):
         found = re.findall(r"`([\w-]+)`", names)
-        told |= dict(zip(found, counts.split(", ") * (1 if "," in counts else len(found)), strict=True))
-    assert told == {name: str(len(list(points_of(CATALOG.read(name)))) or "–") for name in CATALOG.names}
+        stated |= dict(zip(found, counts.split(", ") * (1 if "," in counts else len(found)), strict=True))
+    assert stated == {name: str(len(list(points_of(CATALOG.read(name)))) or "–") for name in CATALOG.names}
 
 
 def test_an_unknown_experiment_is_refused_by_name():
