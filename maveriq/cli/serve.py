@@ -6,14 +6,15 @@ import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from maveriq.cli.options import with_options
-from maveriq.cli.output import echo, log_to_stderr
+from maveriq.cli.output import echo
 from maveriq.exec.local_machine import EngineOptions
 from maveriq.scenario.options import Options
+from maveriq.text import escape_controls
 
 if TYPE_CHECKING:
     import socket
@@ -391,3 +392,23 @@ def _print_status(line: str, *, quiet: bool) -> None:
     if not quiet:
         with contextlib.suppress(OSError):  # the terminal is gone
             echo(line, err=True)
+
+
+class EscapingFormatter(logging.Formatter):
+    """Formats a log record with control characters escaped, and its message on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return escape_controls(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (as in logging)
+        """Return the line of a record without its traceback."""
+        return super().formatMessage(record).replace("\n", "\\n")
+
+
+def log_to_stderr(level: int) -> None:
+    """Let the root logger write to stderr."""
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter("maveriq: %(message)s"))
+    options: dict[str, Any] = {"level": level, "handlers": [handler]}
+    logging.basicConfig(**options)

@@ -186,7 +186,9 @@ class Controller:
         match event:
             case RequestArrived():
                 self._arrived(event.request)
-            case ExecutionFinished() | ExecutionFailed() | EngineProgress():
+            case ExecutionFinished():
+                self._finished(event)
+            case EngineProgress() | ExecutionFailed():
                 self._engine_reported(event)
             case RequestCancelled():
                 self._cancelled(event.request_id)
@@ -261,13 +263,11 @@ class Controller:
             return None
         return self.settings.why_too_long(deployment.endpoint, tokens)
 
-    def _engine_reported(self, event: ExecutionFinished | ExecutionFailed | EngineProgress) -> None:
-        if isinstance(event, ExecutionFinished):
-            self._finished(event)
-        elif isinstance(event, ExecutionFailed):
-            self._execution_failed(event)
-        else:
+    def _engine_reported(self, event: ExecutionFailed | EngineProgress) -> None:
+        if isinstance(event, EngineProgress):
             self._progressed(event)
+        else:
+            self._execution_failed(event)
 
     def _finished(self, event: ExecutionFinished) -> None:
         deployment = self.manager.deployments[event.deployment_id]

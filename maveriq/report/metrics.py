@@ -8,7 +8,7 @@ no figure, because values are sorted before they are added.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maveriq.domain.deployments import Batching
-from maveriq.domain.records import NOT_YET, GpuSample, ItlTable, RunRecord
+from maveriq.domain.records import NOT_YET, GpuSample, ItlTable, RequestTable, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, gib, micros
 
@@ -185,45 +185,41 @@ class _GoodputLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Columns:
-    """The columns that metrics need, a row per request.
+    """The columns that metrics need, of some requests: read one by one, since of many requests not all fit in memory.
 
-    `memory_gib` is of its deployment. `gpu_us` is its share of the time of that deployment's GPUs.
+    `gpus` and `memory_gib` are of each deployment, by its number; `gpu_us` is each request's share of the time of its
+    deployment's GPUs. `chosen` says which rows count, None for all.
     """
 
-    status: Array
-    arrival_us: Array
-    start_us: Array
-    first_token_us: Array
-    finish_us: Array
-    prompt_tokens: Array
-    cached_tokens: Array
-    output_tokens: Array
-    preemptions: Array
-    slo_us: Array
+    table: RequestTable
     memory_gib: Array
     gpu_us: Array
+    chosen: Array | None = None
 
     @classmethod
     def of(cls, run: RunRecord) -> _Columns:
-        table = run.requests
         gpus, memory_gib = _deployment_sizes(run)
-        return cls(
-            status=table.status,
-            arrival_us=table.arrival_us,
-            start_us=table.start_us,
-            first_token_us=table.first_token_us,
-            finish_us=table.finish_us,
-            prompt_tokens=table.prompt_tokens,
-            cached_tokens=table.cached_tokens,
-            output_tokens=table.output_tokens,
-            preemptions=table.preemptions,
-            slo_us=table.slo_us,
-            memory_gib=memory_gib[table.deployment_id],
-            gpu_us=_gpu_us(run, gpus),
-        )
+        return cls(table=run.requests, memory_gib=memory_gib, gpu_us=_gpu_us(run, gpus))
 
     def where(self, chosen: Array) -> _Columns:
-        return _Columns(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+        """Return those requests that are also chosen here."""
+        return replace(self, chosen=chosen if self.chosen is None else self.chosen & chosen)
+
+    def __len__(self) -> int:
+        return len(self.table) if self.chosen is None else int(self.chosen.sum())
+
+    def column(self, name: str) -> Array:
+        """Return a column of the request table."""
+        return self._rows(getattr(self.table, name))
+
+    def gpu_time_us(self) -> Array:
+        return self._rows(self.gpu_us)
+
+    def deployment_gib(self) -> Array:
+        return self.memory_gib[self.column("deployment_id")]
+
+    def _rows(self, values: Array) -> Array:
+        return values if self.chosen is None else values[self.chosen]
 
 
 def _gpu_us(run: RunRecord, gpus: Array) -> Array:
@@ -260,6 +256,8 @@ def _shares_of_time_us(start_us: Array, finish_us: Array) -> Array:
 
 def _together(deployment_id: Array, start_us: Array) -> Array:
     """Return the size of each request's batch: a deployment starts one execution at an instant."""
+    if _differ(deployment_id, start_us):
+        return np.ones(len(start_us), dtype=np.int64)
     order = np.lexsort((start_us, deployment_id))
     deployments, starts_us = deployment_id[order], start_us[order]
     first = np.ones(len(order), dtype=bool)
@@ -268,6 +266,17 @@ def _together(deployment_id: Array, start_us: Array) -> Array:
     together = np.empty(len(order), dtype=np.int64)
     together[order] = np.bincount(execution)[execution]
     return together
+
+
+def _differ(deployment_id: Array, start_us: Array) -> bool:
+    """Return whether no two requests of a deployment started together; one plain sort is faster than by two columns."""
+    started = start_us != NOT_YET
+    deployments, starts_us = deployment_id[started].astype(np.int64), start_us[started]
+    bound = int(starts_us.max(initial=0)) + 1
+    if int(deployments.max(initial=0)) * bound >= 1 << 62:
+        return False
+    ordered = np.sort(deployments * bound + starts_us)
+    return not (ordered[1:] == ordered[:-1]).any()
 
 
 def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
@@ -282,26 +291,28 @@ def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
 
 
 def _metrics(rows: _Columns, limits: _GoodputLimits, itl: ItlTable | None) -> Metrics:
-    done = rows.where(rows.status == RequestStatus.COMPLETED.value)
-    latency_us, service_us = done.finish_us - done.arrival_us, done.finish_us - done.start_us
+    done = rows.where(rows.table.status == RequestStatus.COMPLETED.value)
+    completed = len(done)
+    finish_us = done.column("finish_us")
+    span_us = int(finish_us.max() - rows.column("arrival_us").min()) if completed else 0
+    latency_us = finish_us - done.column("arrival_us")
     ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
-    span_us = int(done.finish_us.max() - rows.arrival_us.min()) if len(done.status) else 0
-    gpu_hours = _figures(done.gpu_us, per=3600 * MICROS_PER_SECOND)
+    gpu_hours = _figures(done.gpu_time_us(), per=3600 * MICROS_PER_SECOND)
     return Metrics(
-        counts=_counts(rows.status),
+        counts=_counts(rows.column("status")),
         latency_s=_figures(latency_us),
-        queue_s=_figures(done.start_us - done.arrival_us),
-        service_s=_figures(service_us),
+        queue_s=_figures(done.column("start_us") - done.column("arrival_us")),
+        service_s=_figures(finish_us - done.column("start_us")),
         ttft_s=_figures(ttft_us[~np.isnan(ttft_us)]),
         tpot_s=_figures(tpot_us[~np.isnan(tpot_us)]),
         itl_s=_weighted_figures(itl.itl_us, itl.tokens) if itl is not None else None,
-        preemptions=int(rows.preemptions.sum()),
+        preemptions=int(rows.column("preemptions").sum()),
         cached_share=_cached_share(rows) if itl is not None else None,
-        cost_gib_s=_figures(latency_us * done.memory_gib),
+        cost_gib_s=_figures(latency_us * done.deployment_gib()),
         gpu_hours=gpu_hours,
-        slo=_attainment(rows, done),
-        goodput=_goodput(len(rows.status), ttft_us, tpot_us, limits, span_us),
-        throughput_per_s=_per_second(len(done.status), span_us),
+        slo=_attainment(rows, done, latency_us),
+        goodput=_goodput(len(rows), ttft_us, tpot_us, limits, span_us),
+        throughput_per_s=_per_second(completed, span_us),
         operational_cost_gpu_hours=gpu_hours.mean * gpu_hours.count if gpu_hours else 0.0,
     )
 
@@ -321,13 +332,15 @@ def _counts(status: Array) -> Counts:
 
 def _first_token_wait_us(done: _Columns) -> Array:
     """Return first token - arrival of completed requests, NaN where no first token was seen."""
-    return np.where(done.first_token_us != NOT_YET, done.first_token_us - done.arrival_us, np.nan)
+    first_token_us = done.column("first_token_us")
+    return np.where(first_token_us != NOT_YET, first_token_us - done.column("arrival_us"), np.nan)
 
 
 def _time_per_token_us(done: _Columns) -> Array:
     """Return (finish - first token) / (output tokens - 1) of completed requests, NaN under two tokens."""
-    has_tpot = (done.output_tokens > 1) & (done.first_token_us != NOT_YET)
-    per_token_us: Array = (done.finish_us - done.first_token_us) / np.maximum(done.output_tokens - 1, 1)
+    output_tokens, first_token_us = done.column("output_tokens"), done.column("first_token_us")
+    has_tpot = (output_tokens > 1) & (first_token_us != NOT_YET)
+    per_token_us: Array = (done.column("finish_us") - first_token_us) / np.maximum(output_tokens - 1, 1)
     return np.where(has_tpot, per_token_us, np.nan)
 
 
@@ -336,8 +349,8 @@ def _figures(values: Array, *, per: float = MICROS_PER_SECOND) -> Figures | None
     if not len(values):
         return None
     ordered = np.sort(values)
-    p50, p95, p99 = np.percentile(ordered, (50, 95, 99)) / per
     mean = ordered.mean() / per
+    p50, p95, p99 = np.percentile(ordered, (50, 95, 99), overwrite_input=True) / per
     return Figures(count=len(values), mean=float(mean), p50=float(p50), p95=float(p95), p99=float(p99))
 
 
@@ -369,17 +382,18 @@ def _weighted_figures(values: Array, counts: Array, *, per: float = MICROS_PER_S
 
 
 def _cached_share(rows: _Columns) -> float | None:
-    started = rows.start_us != NOT_YET
-    prompt_tokens = int(rows.prompt_tokens[started].sum())
-    return int(rows.cached_tokens[started].sum()) / prompt_tokens if prompt_tokens else None
+    started = rows.where(rows.table.start_us != NOT_YET)
+    prompt_tokens = int(started.column("prompt_tokens").sum())
+    return int(started.column("cached_tokens").sum()) / prompt_tokens if prompt_tokens else None
 
 
-def _attainment(rows: _Columns, done: _Columns) -> Attainment | None:
-    scheduled = int((rows.slo_us > 0).sum())
+def _attainment(rows: _Columns, done: _Columns, latency_us: Array) -> Attainment | None:
+    scheduled = int((rows.column("slo_us") > 0).sum())
     if not scheduled:
         return None
-    completed = int((done.slo_us > 0).sum())
-    met = int(((done.slo_us > 0) & (done.finish_us - done.arrival_us <= done.slo_us)).sum())
+    slo_us = done.column("slo_us")
+    completed = int((slo_us > 0).sum())
+    met = int(((slo_us > 0) & (latency_us <= slo_us)).sum())
     return Attainment(over_completed=met / completed if completed else None, over_scheduled=met / scheduled)
 
 

@@ -89,18 +89,18 @@ class _Simulation:
         self._system = system
         self._watcher = watcher
         self._env = simpy.Environment()
+        # Whether it is not known beforehand when the last request is sent.
+        self._reacts = system.workload.reacts or system.max_in_flight is not None
         self._controller = Controller(
             system.cluster,
             system.policy,
             system.settings,
             system.predict_service_time,
-            on_request_end=self._request_ended,
+            on_request_end=self._request_ended if self._reacts else None,
         )
         self._service_times = system.service_times
         self._client = Client(arrivals, concurrency=system.workload.concurrency, max_in_flight=system.max_in_flight)
         self._client_wake_us: Micros | None = None  # the last one that was scheduled for it
-        # Whether it is not known beforehand when the last request is sent.
-        self._reacts = system.workload.reacts or system.max_in_flight is not None
         self._contention = ContentionModel(system.cluster, system.service_times.contention)
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
@@ -121,6 +121,7 @@ class _Simulation:
         self._has_plain_client = not self._reacts and all(
             endpoint.batching is Batching.CONTINUOUS for endpoint in system.workload.endpoints
         )
+        self._may_have_engines = any(endpoint.batching is Batching.CONTINUOUS for endpoint in system.workload.endpoints)
         self._fast_forward: FastForward | None = None  # once there is a compiled engine
         self._busy_us = [0] * len(system.cluster)
 
@@ -163,7 +164,7 @@ class _Simulation:
         return self._env.now  # type: ignore[return-value]  # every delay is a whole number
 
     def _at(self, time_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
-        self._env.timeout(time_us - self._event_us).callbacks.append(callback)
+        self._env.timeout(time_us - self._env.now).callbacks.append(callback)
 
     def _post(self, time_us: Micros, event: Event) -> None:
         """Schedule an event for the controller."""
@@ -171,7 +172,7 @@ class _Simulation:
 
     def _deliver(self, event: Event, _: simpy.Event) -> None:
         self._inbox.append(event)
-        self._settle()
+        self._settle(self._event_us)
 
     def _wake_client_later(self) -> None:
         """Schedule when the client sends its next request, unless that is scheduled or not known."""
@@ -181,8 +182,9 @@ class _Simulation:
             self._at(wake_us, self._wake_client)
 
     def _wake_client(self, _: simpy.Event) -> None:
-        self._send(self._event_us)
-        self._settle()
+        now_us = self._event_us
+        self._send(now_us)
+        self._settle(now_us)
 
     def _send(self, now_us: Micros) -> bool:
         """Let the client send what is due and what its limit allows; return whether it sent anything."""
@@ -198,32 +200,33 @@ class _Simulation:
     def _request_ended(self, request_id: int) -> None:
         self._client.ended(request_id, self._now_us)
 
-    def _settle(self) -> None:
+    def _settle(self, now_us: Micros) -> None:
         """Handle this instant once no more of SimPy's events are due at it, then the ends of steps up to the next one.
 
         Raises:
             StopSimulation: every request has ended; this ends SimPy's `run`.
         """
-        now_us = self._event_us
         if self._env.peek() <= now_us:
             self._is_unsettled = True
             return  # the last event of this instant settles
         self._is_unsettled = False
-        self._send_due(now_us)
+        if self._has_plain_client:
+            self._send_due(now_us)
         self._handle_instant(now_us, has_events=True)
-        while True:
+        while self._may_have_engines:
             next_event_us = self._env.peek()
             self._fast_forward_to(next_event_us)
             wakes = [self._next_engine_wake(), self._client.next_us if self._has_plain_client else None]
             wake_us = min((wake_us for wake_us in wakes if wake_us is not None), default=None)
             if wake_us is None or wake_us >= next_event_us:
                 return
-            self._send_due(wake_us)
+            if self._has_plain_client:
+                self._send_due(wake_us)
             self._handle_instant(wake_us, has_events=False)
 
     def _send_due(self, now_us: Micros) -> None:
-        """Let the client send what is due, where SimPy does not wake it."""
-        if self._has_plain_client and self._client.next_us is not None and self._client.next_us <= now_us:
+        """Let a client send what is due that SimPy does not wake."""
+        if self._client.next_us is not None and self._client.next_us <= now_us:
             self._send(now_us)
 
     def _fast_forward_to(self, next_event_us: float) -> None:
@@ -254,7 +257,8 @@ class _Simulation:
             has_events: whether something else than the end of a step happens; else the controller may learn nothing.
         """
         self._now_us = now_us
-        self._finish_steps(now_us)
+        if self._engine_wakes:
+            self._finish_steps(now_us)
         concerns_controller = has_events or bool(self._inbox)
         if concerns_controller:
             self._handle_inbox(now_us)
@@ -266,7 +270,8 @@ class _Simulation:
                 self._at(wake_us, self._wake)
             if self._watcher:
                 self._update(self._watcher, now_us)
-            self._to_compose.update(dict.fromkeys(self._shared_gpus.slow_down(now_us)))
+            if self._engines:
+                self._to_compose.update(dict.fromkeys(self._shared_gpus.slow_down(now_us)))
         if self._to_compose:
             self._compose(now_us)
         if concerns_controller and not self._client.unsent and self._all_ended():
@@ -282,7 +287,7 @@ class _Simulation:
             self._carry_out(action, now_us)
 
     def _wake(self, _: simpy.Event) -> None:
-        self._settle()
+        self._settle(self._event_us)
 
     def _all_ended(self) -> bool:
         tracker = self._controller.tracker
@@ -410,7 +415,7 @@ class _Simulation:
         if ends is not None:
             self._schedule_ends(ends)
             self._inbox.append(finished)
-        self._settle()
+        self._settle(now_us)
 
     def _is_running(self, deployment_id: int, execution_id: int) -> bool:
         deployment = self._controller.manager.deployments[deployment_id]
@@ -452,7 +457,7 @@ class _Simulation:
         if nothing_due and self._next_engine_wake() is None:  # whoever waits now waits for ever
             raise simpy.core.StopSimulation("nothing will happen any more")
         self._at(now_us + self._system.sample_us, self._sample_regularly)
-        self._settle()
+        self._settle(now_us)
 
     def _sample(self, now_us: Micros) -> None:
         manager = self._controller.manager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_results import Maveriq, put
 
-from maveriq.cli.output import EscapingFormatter
+from maveriq.cli.serve import EscapingFormatter
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Facts, Panel, Table, Text, View, number_column, row
 
