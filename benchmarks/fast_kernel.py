@@ -27,7 +27,7 @@ from maveriq.domain.records import RequestTable
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
 from maveriq.scenario.system import ReplaySystem
-from maveriq.sim import fast_replay
+from maveriq.sim import exclusive_kernel
 from maveriq.sim.fast_replay import FastReplay, load_kernel
 from maveriq.sim.simulator import simulate
 
@@ -49,7 +49,7 @@ def main() -> None:
         print(json.dumps(found, indent=2))
         return
     for name, value in found.items():
-        print(f"{name}: {value:,.2f}" if isinstance(value, float) else f"{name}: {value:,}")
+        print(f"{name}: {value:,.2f}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}")
 
 
@@ -114,14 +114,14 @@ class _TimedKernel:
 
     def __init__(self) -> None:
         self.spent_s = 0.0
-        self._replay = fast_replay.kernel.replay
+        self._replay = exclusive_kernel.replay
 
     def __enter__(self) -> Self:
-        fast_replay.kernel.replay = self._timed
+        exclusive_kernel.replay = self._timed
         return self
 
     def __exit__(self, *_: object) -> None:
-        fast_replay.kernel.replay = self._replay
+        exclusive_kernel.replay = self._replay
 
     def _timed(self, at: int) -> int:
         outcome, spent_s = _timed(lambda: self._replay(at))

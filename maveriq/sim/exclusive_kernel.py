@@ -32,8 +32,8 @@ from maveriq.domain.requests import RequestStatus
 NEVER = 1 << 62
 """The time of what does not happen."""
 
-ALL_ENDED, DEADLINE, IDLE, RARE_EVENT, ENGINE_STARTS, UNKNOWN_TIME, IS_FULL = range(7)
-"""Why `replay` returns. The first three end the run: every request has ended, the time is over, nothing will happen.
+ALL_ENDED, DEADLINE, RARE_EVENT, ENGINE_STARTS, UNKNOWN_TIME, IS_FULL = range(6)
+"""Why `replay` returns. The first two end the run: every request has ended, or the time is over.
 After the others Python does its part and calls it again: a rare event is due and executions that end now have ended;
 the GPUs of a deployment that waits to load are idle; `K_ASK_*` is a service time that is not known; a buffer is full.
 """
@@ -53,6 +53,7 @@ NEXT_INSTANT, ARRIVALS, DISPATCH, DISPATCHING = range(4)
     K_LATER, K_HELD,  # numbers of the present marks on GPUs
     K_PICK,  # state of the stream that replicas are picked from
     # Events to come: a heap of rows (time, deployment, execution); deployment 0 is a call that the controller wants.
+    K_NEXT_CALL,  # the first such call, apart from the heap, which nearly always has no other
     K_EVENTS, K_MAX_EVENTS, K_EVENTS_AT, K_EVENTS_OF_INSTANT,
     K_SAMPLE_US, K_NEXT_SAMPLE, K_SAMPLES, K_MAX_SAMPLES, K_SAMPLES_AT,  # rows: time, then busy time of each GPU
     K_LOG, K_MAX_LOG, K_LOG_AT,  # executions that ended: deployment, start, end
@@ -68,7 +69,7 @@ NEXT_INSTANT, ARRIVALS, DISPATCH, DISPATCHING = range(4)
     K_STATUS_AT, K_ATTEMPTS_AT,
     K_BEHIND_AT,  # the row behind each in the queue of its deployment, -1 for none
     K_SIZE,
-) = range(70)  # fmt: skip
+) = range(71)  # fmt: skip
 """A run."""
 
 E_FIRST, E_REPLICAS, E_SERVES, E_SIZE = range(4)
@@ -137,7 +138,7 @@ def _post(k: Pointer, time_us: int, deployment: int, execution: int) -> None:
 
 @part
 def _next_event_us(k: Pointer) -> int:
-    return ints(k[K_EVENTS_AT])[0] if k[K_EVENTS] else NEVER
+    return min(k[K_NEXT_CALL], ints(k[K_EVENTS_AT])[0]) if k[K_EVENTS] else k[K_NEXT_CALL]
 
 
 @part
@@ -520,8 +521,7 @@ def _is_full(k: Pointer) -> bool:
 def _begin_instant(k: Pointer) -> int:
     """Go to the next instant and end the executions that end then; return -1, or why `replay` returns."""
     arrival_us = ints(k[K_ARRIVAL_AT])[k[K_NEXT_ROW]] if k[K_NEXT_ROW] < k[K_ROWS] else NEVER
-    without_sample_us = min(_next_event_us(k), arrival_us, k[K_NEXT_RARE])
-    now_us = min(without_sample_us, k[K_NEXT_SAMPLE])
+    now_us = min(_next_event_us(k), arrival_us, k[K_NEXT_RARE], k[K_NEXT_SAMPLE])
     if now_us > k[K_DEADLINE]:
         return DEADLINE
     if _is_full(k):
@@ -530,8 +530,8 @@ def _begin_instant(k: Pointer) -> int:
     if now_us == k[K_NEXT_SAMPLE]:
         _sample(k)
         k[K_NEXT_SAMPLE] += k[K_SAMPLE_US]
-        if without_sample_us == NEVER:
-            return IDLE
+    if k[K_NEXT_CALL] == now_us:
+        k[K_NEXT_CALL] = NEVER
     heap = ints(k[K_EVENTS_AT])
     while k[K_EVENTS] and heap[0] == now_us:
         deployment, execution = heap[1], heap[2]
@@ -568,7 +568,10 @@ def _end_instant(k: Pointer) -> int:
         return UNKNOWN_TIME
     if k[K_WAKE] != NEVER and k[K_WAKE] != k[K_LAST_WAKE]:
         k[K_LAST_WAKE] = k[K_WAKE]
-        _post(k, k[K_WAKE], 0, 0)
+        if k[K_NEXT_CALL] == NEVER:
+            k[K_NEXT_CALL] = k[K_WAKE]
+        else:
+            _post(k, k[K_WAKE], 0, 0)
     k[K_PHASE] = NEXT_INSTANT
     still_open = k[K_NEXT_ROW] < k[K_ROWS] or k[K_WAITING] > 0 or k[K_RUNNING] > 0
     return ALL_ENDED if not still_open and k[K_NOW] >= k[K_LAST_ENDPOINT] else -1

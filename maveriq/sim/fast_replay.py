@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.compiling import Floats, Integers, address
+from maveriq.compiling import Floats, Integers, address, is_kept
 from maveriq.control.controller import Controller, snapshot
 from maveriq.control.deployment_manager import Batch, Deployment
 from maveriq.control.events import EndpointAdded, EngineUp, Event, StartEngine
@@ -61,7 +61,7 @@ class FastReplay:
 
     def run(self, watcher: Watcher | None) -> RunRecord:
         """Simulate from the first event to the end, and return the records."""
-        while (outcome := kernel.replay(address(self._run))) > kernel.IDLE:
+        while (outcome := kernel.replay(address(self._run))) > kernel.DEADLINE:
             if outcome == kernel.RARE_EVENT:
                 self._handle_rare_events()
             elif outcome == kernel.ENGINE_STARTS:
@@ -95,7 +95,7 @@ class FastReplay:
         run[kernel.K_ROWS] = len(self._arrivals)
         run[kernel.K_TICK], run[kernel.K_AFTER_ARRIVAL] = timing.tick_us, timing.after_arrival_us
         run[kernel.K_AFTER_RELEASE] = timing.after_release_us
-        run[kernel.K_LAST_WAKE] = kernel.NEVER
+        run[kernel.K_LAST_WAKE] = run[kernel.K_NEXT_CALL] = kernel.NEVER
         run[kernel.K_IS_SHARED_ORDER] = settings.discipline is QueueDiscipline.FIFO
         run[kernel.K_MAX_WAIT] = settings.max_wait_us
         stream = (zlib.crc32(b"replicas") << 32 ^ settings.seed) & _MASK_64
@@ -464,6 +464,11 @@ def _rows_from(row: int, count: int, behind: Any) -> Iterator[int]:
     for _ in range(count):
         yield row
         row = int(behind[row])
+
+
+def keeps_machine_code() -> bool:
+    """Return whether machine code is kept on disk, so that only the first process compiles."""
+    return is_kept(kernel.replay)
 
 
 def load_kernel() -> None:

@@ -22,6 +22,9 @@ from maveriq.scenario.system import ReplaySystem
 MIN_REQUESTS = 30_000
 """Requests from which on the fast kernel is worth the start of numba."""
 
+MIN_REQUESTS_TO_COMPILE = 1_000_000
+"""Those from which on it is worth compiling in each process, where no folder to keep machine code in can be written."""
+
 _NOTICE_AFTER_S = 1.0
 
 
@@ -57,6 +60,11 @@ def choose_kernel(system: ReplaySystem, wanted: Kernel = Kernel.AUTO) -> KernelC
     if wanted is Kernel.FAST and why_not is not None:
         raise InputError(f"--kernel fast does not simulate {why_not}; leave --kernel out, or give --kernel simpy")
     requests = len(system.workload.arrivals)
+    if why_not is None and wanted is Kernel.AUTO and MIN_REQUESTS <= requests < MIN_REQUESTS_TO_COMPILE:
+        from maveriq.sim.fast_replay import keeps_machine_code  # late: imports numba
+
+        if not keeps_machine_code():
+            why_not = "this many requests where numba can write no folder that keeps machine code (NUMBA_CACHE_DIR)"
     if why_not is None and (wanted is Kernel.FAST or requests >= MIN_REQUESTS):
         return KernelChoice(kernel=Kernel.FAST, note="simulated by the fast kernel, whose records are those of SimPy")
     is_slow = requests >= MIN_REQUESTS and not _is_continuous(system)

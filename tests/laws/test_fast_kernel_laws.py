@@ -1,6 +1,7 @@
 """The fast kernel gives the records of SimPy, whatever is simulated."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,6 +10,7 @@ from fixtures import TokenSeconds, arrivals, scenario
 from hypothesis import given, settings
 from test_simulation_laws import systems
 
+import maveriq
 from maveriq.control.controller import ControllerSettings
 from maveriq.control.queues import QueueDiscipline
 from maveriq.control.routing_policies import RoutingRule
@@ -70,6 +72,16 @@ def test_random_systems_have_the_records_of_simpy(system: ReplaySystem) -> None:
     assert_equal(FastReplay(system).run(None), simulate(system))
 
 
+@pytest.mark.heavy  # machine code is loaded, once
+def test_a_run_waits_for_its_last_endpoint_as_with_simpy() -> None:
+    made = scenario(arrivals([0], [1], [1]), {1: [(0,)], 2: [(1,)]}, requested_us={2: 2_500_000})
+    ready = tuple(replace(each, ready_at_start=True) for each in made.workload.endpoints)
+    made = replace(made, workload=replace(made.workload, endpoints=ready))
+    record = simulate(made)
+    assert record.ended_us == 3_000_000  # at the first sample of GPUs after it
+    assert_equal(FastReplay(made).run(None), record)
+
+
 FAULT = Fault(target=FaultTarget.GPU, target_id=0, at_us=5, for_us=None)
 
 
@@ -100,3 +112,21 @@ def test_the_fast_kernel_is_chosen_for_many_requests_and_says_so():
     assert "fast kernel" in choose_kernel(many).note
     assert "--fail" in choose_kernel(replace(many, faults=(FAULT,))).note
     assert choose_kernel(many, Kernel.SIMPY).kernel is Kernel.SIMPY
+
+
+@pytest.mark.heavy  # machine code is loaded, once
+def test_a_run_of_the_fast_kernel_in_parquet_reads_back_as_one_of_simpy_in_csv(tmp_path: Path) -> None:
+    options = {"models": "twentyone", "limit": 300, "slo_scale": 5.0}
+    for kernel, records in (("fast", "parquet"), ("simpy", "csv")):
+        maveriq.simulate(kernel=kernel, **options).save(tmp_path / kernel, records=records)
+    fast, simpy = (maveriq.load_run(tmp_path / kernel) for kernel in ("fast", "simpy"))
+    assert_equal(fast.record, simpy.record)
+    assert fast.to_dict() == simpy.to_dict()
+    assert "fast kernel" in fast.notes[-1]
+    for name in ("deployments.csv", "gpus.csv"):
+        assert (tmp_path / "fast" / name).read_bytes() == (tmp_path / "simpy" / name).read_bytes()
+
+
+def test_an_unknown_kernel_is_refused_before_anything_is_read():
+    with pytest.raises(InputError, match="simpy"):
+        maveriq.simulate(kernel="fats", trace="no-such-file.csv")
