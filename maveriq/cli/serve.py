@@ -188,8 +188,10 @@ def _run_service(
     import asyncio
 
     from maveriq.cli.error_handler import extra
-    from maveriq.exec.local_machine import LocalMachine, local_cluster
+    from maveriq.estimate.by_model import with_profiled
+    from maveriq.exec.local_machine import EMULATED, LocalMachine, local_cluster
     from maveriq.scenario.build import build_live_system
+    from maveriq.scenario.service_times import EstimatedServiceTimes
 
     with extra("serve", needed_by="maveriq serve"):
         from maveriq.serve.access_log import AccessLog
@@ -211,6 +213,9 @@ def _run_service(
         )
         profiles = None
         if profiling is not None and profiled is not None:
+            if engines.name != EMULATED and isinstance(system.service_times, EstimatedServiceTimes):
+                expected = with_profiled(system.service_times.estimator, profiled)
+                system = replace(system, service_times=EstimatedServiceTimes(expected))
             profiles = _profile_settings(options, engines, machine, system, profiling, profiled, state)
         log = None
         if access_log is not None:
@@ -258,7 +263,8 @@ def _profile_of_machine(machine: LocalMachine, default: str, folder: Path) -> st
         return default
     path = folder / "machine" / PROFILE_NAME
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for made in (folder, path.parent):
+            made.mkdir(mode=0o700, parents=True, exist_ok=True)
         record = machine_record(machine, kind=None, memory_gib=None)
         sheet = measured_sheet(record.cores, record.memory_gib)
         file = ProfileFile(

@@ -160,11 +160,18 @@ class ProfileJobs:
 
     def state(self, model_id: int) -> ProfileState | None:
         """Return how far the profile of a model is; None where none was asked for."""
+        self._count()
         return self._states.get(model_id)
 
     def states(self) -> Iterable[ProfileState]:
         """Return the state of each profile."""
+        self._count()
         return self._states.values()
+
+    def _count(self) -> None:
+        """Count what the profile that is measured now has cost so far."""
+        if self._current is not None:
+            self._current.count()
 
     def is_open(self, model_id: int) -> bool:
         """Return whether a profile of a model has been asked for and has not ended."""
@@ -316,7 +323,8 @@ class ProfileJobs:
         """Store a state; without it, the profile is asked for again after a restart."""
         folder = self._folder(model_id)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for made in (folder.parent, folder):
+                made.mkdir(mode=0o700, parents=True, exist_ok=True)
             with written_whole(folder / _STATUS_NAME, what="status of a profile", overwrite=True) as partial:
                 partial.write_bytes(msgspec.json.encode(self._states[model_id]))
         except (OSError, MaveriqError) as error:
@@ -362,6 +370,7 @@ class _Job:
         self._revoked = asyncio.Event()
         self._open_process = open_process
         self._measured_s, self._gpu_s = begun.measured_s, begun.gpu_s
+        self._counted_s: float | None = None  # when costs were last counted; None without GPUs
 
     def start(self, gpu_ids: tuple[int, ...]) -> None:
         """Measure on these GPUs."""
@@ -410,17 +419,12 @@ class _Job:
         )
         await self._granted.wait()
         self._revoked.clear()
-        gpu_ids, started_s = self._gpu_ids, time.monotonic()
-        before = self._measured_s, self._gpu_s
-
-        def count(detail: str) -> None:
-            held_s = time.monotonic() - started_s
-            self._measured_s, self._gpu_s = before[0] + held_s, before[1] + held_s * len(gpu_ids)
-            self._update(detail=detail, measured_s=self._measured_s, gpu_s=self._gpu_s)
-
+        gpu_ids, self._counted_s = self._gpu_ids, time.monotonic()
         self._update(status="measuring", gpus=gpu_ids, detail="")
         measuring = asyncio.ensure_future(
-            process.measure(self._settings.measure_on(gpu_ids), planned.expected_s, count)
+            process.measure(
+                self._settings.measure_on(gpu_ids), planned.expected_s, lambda detail: self._update(detail=detail)
+            )
         )
         revoked = asyncio.ensure_future(self._revoked.wait())
         try:
@@ -431,7 +435,18 @@ class _Job:
             measuring.cancel()
             with contextlib.suppress(asyncio.CancelledError, MaveriqError):
                 await measuring
-            count("")
+            self.count()
+            self._counted_s = None
+
+    def count(self) -> None:
+        """Add the time since the last call to what the profile has cost, if it holds GPUs."""
+        if self._counted_s is None:
+            return
+        now_s = time.monotonic()
+        self._measured_s += now_s - self._counted_s
+        self._gpu_s += (now_s - self._counted_s) * len(self._gpu_ids)
+        self._counted_s = now_s
+        self._update(measured_s=self._measured_s, gpu_s=self._gpu_s)
 
     def _update(self, **changes: object) -> None:
         self._report(self.model.model_id, **changes)

@@ -208,8 +208,8 @@ class EndpointView(Body):
             output_tokens=request.output_tokens,
             engine=None if request.engine is None else settings_table(request.engine),
             status=endpoint.status,
-            reason="; ".join(deployment.reason for deployment in deployments if deployment.reason),
-            waiting=sum(deployment.waiting for deployment in deployments),
+            reason=endpoint.reason,
+            waiting=endpoint.waiting + sum(deployment.waiting for deployment in deployments),
             completed=sum(deployment.completed for deployment in deployments),
             deployments=[DeploymentView.of(deployment) for deployment in deployments],
         )

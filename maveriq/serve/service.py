@@ -41,6 +41,7 @@ class Endpoint:
     stored: StoredEndpoint
     model: StoredModel
     deployments: tuple[DeploymentStatus, ...]
+    waiting: int = 0  # requests that wait with it for the profile of its model
 
     @property
     def endpoint_id(self) -> int:
@@ -51,6 +52,13 @@ class Endpoint:
     def address(self) -> str:
         """The model name that addresses this endpoint only: `MODEL@ENDPOINT_ID`."""
         return f"{self.model.spec.name}@{self.endpoint_id}"
+
+    @property
+    def reason(self) -> str:
+        """Why it or its deployments are not up."""
+        if self.stored.request.wait_for_profile and not self.deployments:
+            return "waits for the profile of its model"
+        return "; ".join(deployment.reason for deployment in self.deployments if deployment.reason)
 
     @property
     def status(self) -> str:
@@ -333,7 +341,12 @@ class Service:
         deployments: Iterable[DeploymentStatus] = ()
         with contextlib.suppress(InputError):  # the policy has not decided yet
             deployments = self.cluster.endpoint(stored.endpoint_id)
-        return Endpoint(stored=stored, model=self.models.by_id(stored.model_id), deployments=tuple(deployments))
+        return Endpoint(
+            stored=stored,
+            model=self.models.by_id(stored.model_id),
+            deployments=tuple(deployments),
+            waiting=0 if deployments else self.requests.in_flight_at(stored.endpoint_id),
+        )
 
     def _store_plans(self, endpoint_id: int, plans: Plans) -> None:
         """Store the plans of an endpoint in the background."""
