@@ -188,10 +188,8 @@ def _run_service(
     import asyncio
 
     from maveriq.cli.error_handler import extra
-    from maveriq.estimate.by_model import with_profiled
-    from maveriq.exec.local_machine import EMULATED, LocalMachine, local_cluster
+    from maveriq.exec.local_machine import LocalMachine, local_cluster
     from maveriq.scenario.build import build_live_system
-    from maveriq.scenario.service_times import EstimatedServiceTimes
 
     with extra("serve", needed_by="maveriq serve"):
         from maveriq.serve.access_log import AccessLog
@@ -213,9 +211,6 @@ def _run_service(
         )
         profiles = None
         if profiling is not None and profiled is not None:
-            if engines.name != EMULATED and isinstance(system.service_times, EstimatedServiceTimes):
-                expected = with_profiled(system.service_times.estimator, profiled)
-                system = replace(system, service_times=EstimatedServiceTimes(expected))
             profiles = _profile_settings(options, engines, machine, system, profiling, profiled, state)
         log = None
         if access_log is not None:
@@ -332,6 +327,7 @@ def _profile_settings(
         devices=machine.devices(cluster),
         machine_gpus=() if machine.meter is None else tuple(i % len(machine.meter.gpus) for i in range(len(cluster))),
         node_gpus=cluster.largest_node(gpu.kind),
+        prompt_tokens=system.prompt_tokens,
         max_gpus=profiling.max_gpus,
         beside_engines=profiling.beside_engines,
         budget_s=profiling.budget_s,

@@ -39,6 +39,7 @@ from maveriq.serve.store import StoredModel
 from maveriq.tables import read_json
 
 _LOG = logging.getLogger(__name__)
+_OUTPUT_TOKENS = 20  # of an endpoint that does not say more
 _STATUS_NAME, _LOG_NAME = "status.json", "profile.log"
 
 Status: TypeAlias = Literal["queued", "planning", "waiting", "measuring", "complete", "failed", "cancelled"]
@@ -93,6 +94,7 @@ class ProfileSettings:
         devices: the devices of the cluster's GPUs.
         machine_gpus: the number on this machine of each of the cluster's GPUs; none on a CPU.
         node_gpus: GPUs of the largest node.
+        prompt_tokens: length of a typical prompt, by which the service decides on endpoints.
         max_gpus: most GPUs that an engine is measured on.
         beside_engines: whether GPUs that hold engines are used.
         budget_s: most seconds that a plan may take.
@@ -110,6 +112,7 @@ class ProfileSettings:
     devices: Devices = field(default_factory=Devices)
     machine_gpus: tuple[int, ...] = ()
     node_gpus: int | None = None
+    prompt_tokens: int = 1
     max_gpus: int = 1
     beside_engines: bool = False
     budget_s: float = 120.0
@@ -208,7 +211,7 @@ class ProfileJobs:
             try:
                 state = read_json(path, ProfileState, what="status of a profile")
                 if state.status == "complete":
-                    self._take(model)
+                    self._settings.profiled[model.spec.name] = (model.spec, _estimator(self._settings, model))
             except MaveriqError as error:
                 _LOG.warning("profile of %s: %s", model.spec.name, error)
                 state = ProfileState(status="failed", detail=str(error))
@@ -219,7 +222,7 @@ class ProfileJobs:
         self._start_next()
 
     def request(self, model: StoredModel) -> None:
-        """Measure a model, unless its profile is under way.
+        """Measure a model, unless its profile is under way; one that was measured before is dropped.
 
         Raises:
             InputError: the service measures no profiles.
@@ -228,6 +231,7 @@ class ProfileJobs:
             raise InputError("this server measures no profiles; start it with --profile-on-register")
         if self.is_open(model.model_id):
             return
+        self._drop(model)
         self._states[model.model_id] = ProfileState(status="queued")
         self._save(model.model_id)
         self._queue[model.model_id] = model
@@ -249,7 +253,7 @@ class ProfileJobs:
         """Drop the profile of a model that is not registered any more."""
         await self.cancel(model.model_id)
         if self._settings is not None and self._states.pop(model.model_id, None) is not None:
-            self._settings.profiled.pop(model.spec.name, None)
+            self._drop(model)
             await asyncio.to_thread(shutil.rmtree, self._folder(model.model_id), ignore_errors=True)
 
     async def close(self) -> None:
@@ -267,7 +271,7 @@ class ProfileJobs:
         job.task = asyncio.get_running_loop().create_task(job.run())
         job.task.add_done_callback(lambda task: self._job_ended(job, task))
 
-    def _job_ended(self, job: _Job, task: asyncio.Task[int]) -> None:
+    def _job_ended(self, job: _Job, task: asyncio.Task[tuple[int, Estimator]]) -> None:
         self._current = None
         model_id = job.model.model_id
         if task.cancelled():
@@ -276,17 +280,24 @@ class ProfileJobs:
             self._save(model_id)
             return
         try:
-            samples = task.result()
-            self._take(job.model)
+            samples, estimator = task.result()
         except MaveriqError as failure:
             self._fail(job.model, str(failure))
         except Exception as failure:
             _LOG.exception("profile of %s", job.model.spec.name)
             self._fail(job.model, f"this is a bug in maveriq: {type(failure).__name__}: {failure}")
         else:
+            self._required().profiled[job.model.spec.name] = (job.model.spec, estimator)
             self._update(model_id, samples=samples)
             self._end(model_id, "complete")
         self._start_next()
+
+    def _drop(self, model: StoredModel) -> None:
+        """Let the profile of a model answer no longer."""
+        settings = self._required()
+        settings.profiled.pop(model.spec.name, None)
+        with contextlib.suppress(OSError):
+            (self._folder(model.model_id) / PROFILE_NAME).unlink()
 
     def _fail(self, model: StoredModel, reason: str) -> None:
         _LOG.warning("profile of %s failed: %s", model.spec.name, reason)
@@ -297,20 +308,6 @@ class ProfileJobs:
         self._update(model_id, status=status, detail=detail, gpus=())
         self._save(model_id)
         self._cluster.end_profile(model_id, self.why_given_up(model_id))
-
-    def _take(self, model: StoredModel) -> None:
-        """Let a complete profile answer for its model.
-
-        Raises:
-            InputError: it cannot be read, or is of another model.
-        """
-        settings = self._required()
-        path = self._folder(model.model_id) / PROFILE_NAME
-        profile = hardware_profile_of(read_profile_file(path), f"profile {str(path)!r}")
-        if not profile.has_measured(model.spec):
-            raise InputError(f"profile {str(path)!r} is not of {model.spec.name}; measure it again")
-        physics = PhysicsEstimator(profile, node_gpus=settings.node_gpus)
-        settings.profiled[model.spec.name] = (model.spec, BlendedEstimator(profile, physics))
 
     def _update(self, model_id: int, **changes: object) -> None:
         state = msgspec.structs.replace(self._states[model_id], **changes)
@@ -361,7 +358,7 @@ class _Job:
         begun: ProfileState,
     ) -> None:
         self.model = model
-        self.task: asyncio.Task[int] | None = None
+        self.task: asyncio.Task[tuple[int, Estimator]] | None = None
         self._settings = settings
         self._cluster = cluster
         self._report = update
@@ -388,8 +385,8 @@ class _Job:
             self.task.cancel()
             await asyncio.wait([self.task])
 
-    async def run(self) -> int:
-        """Measure the profile and return how many batches were measured.
+    async def run(self) -> tuple[int, Estimator]:
+        """Measure the profile, and return how many batches were measured and the estimator that follows.
 
         Raises:
             MaveriqError: it cannot be measured.
@@ -401,7 +398,7 @@ class _Job:
                 samples = await self._measure(process)
             finally:
                 await asyncio.shield(process.stop())
-        return samples
+        return samples, await asyncio.to_thread(_warm_estimator, self._settings, self.model)
 
     async def _measure(self, process: ProfileProcess) -> int | None:
         """Measure as long as there are GPUs; None if they are needed for something else."""
@@ -468,3 +465,34 @@ class _Job:
             seed=settings.seed,
             emulated=settings.emulated,
         )
+
+
+def _estimator(settings: ProfileSettings, model: StoredModel) -> BlendedEstimator:
+    """Return the estimator of a complete profile.
+
+    Raises:
+        InputError: the profile cannot be read, or is of another model.
+    """
+    path = settings.folder / str(model.model_id) / PROFILE_NAME
+    profile = hardware_profile_of(read_profile_file(path), f"profile {str(path)!r}")
+    if not profile.has_measured(model.spec):
+        raise InputError(f"profile {str(path)!r} is not of {model.spec.name}; measure it again")
+    return BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=settings.node_gpus))
+
+
+def _warm_estimator(settings: ProfileSettings, model: StoredModel) -> BlendedEstimator:
+    """Return the estimator of a complete profile, and let it compute what the first decision on the model asks.
+
+    That takes a second of a core, and would hold up the server's event loop.
+
+    Raises:
+        InputError: as `_estimator`.
+    """
+    estimator = _estimator(settings, model)
+    for configuration in estimator.configurations(model.spec, gpus=settings.node_gpus or 1, batch_size=1):
+        if estimator.why_not(model.spec, configuration) is None:
+            estimator.memory(model.spec, configuration)
+            estimator.service(
+                model.spec, configuration, prompt_tokens=settings.prompt_tokens, output_tokens=_OUTPUT_TOKENS, batch=1
+            )
+    return estimator
