@@ -25,14 +25,14 @@ def job(folder: Path, model: str = "qwen3-8b") -> ProfileJob:
 
 
 @pytest.mark.heavy
-def test_a_profile_goes_on_where_its_process_was_stopped_or_killed(tmp_path: Path) -> None:
-    async def interrupted(number: int) -> None:
+def test_a_profile_goes_on_where_its_process_was_killed(tmp_path: Path) -> None:
+    async def killed() -> None:
         process = ProfileProcess(job(tmp_path), tmp_path / "log")
         planned = await process.plan()
 
         def on_progress(text: str) -> None:
             if "samples" in text:
-                os.kill(process.pid, signal.SIGKILL if number else signal.SIGINT)
+                os.kill(process.pid, signal.SIGKILL)
 
         with pytest.raises(ProfileError, match="ended with"):
             await process.measure(Measure(), planned.expected_s, on_progress)
@@ -46,8 +46,7 @@ def test_a_profile_goes_on_where_its_process_was_stopped_or_killed(tmp_path: Pat
         return measured
 
     async def main() -> Measured:
-        for number in range(2):
-            await interrupted(number)
+        await killed()
         return await complete()
 
     measured = asyncio.run(main())
