@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -179,9 +180,16 @@ def _error_with_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
+class _SourceOnly(SourceFileLoader):
+    """Loads a source file, and writes no bytecode beside it: the folder is the user's."""
+
+    def set_data(self, path: str, data: object, *, _mode: int = 0) -> None:
+        """Write nothing."""
+
+
 def _load_file(path: Path) -> ModuleType:
     open_regular_file(path, what="policy file").close()  # importing a pipe would wait, a device would never end
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path, loader=_SourceOnly(path.stem, str(path)))
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -186,7 +186,7 @@ def test_a_log_of_other_options_is_not_continued(tmp_path: Path, model: ModelSpe
     [
         ({"version": 2}, "must be 1|Invalid enum value 2|version"),
         ({"more": 1}, "unknown key `more`"),
-        ({"models": []}, "models must be a list of length at least 1"),
+        ({"models": []}, "a run is of model .*, which is not among its models"),
         ({"machine": {"kind": "../../etc", "memory_gib": 4}}, "kind"),
         ({"machine": {"kind": "cpu", "memory_gib": 4}}, "has no data sheet, and the profile no speeds"),
         ({"engine": {"name": "other"}}, "unknown engine 'other'"),
