@@ -328,7 +328,7 @@ def _profile_settings(
         machine_gpus=() if machine.meter is None else tuple(i % len(machine.meter.gpus) for i in range(len(cluster))),
         node_gpus=cluster.largest_node(gpu.kind),
         prompt_tokens=system.prompt_tokens,
-        max_gpus=profiling.max_gpus,
+        max_gpus=min(profiling.max_gpus, cluster.largest_node(gpu.kind)),
         beside_engines=profiling.beside_engines,
         budget_s=profiling.budget_s,
         usd_per_gpu_hour=cluster.usd_per_hour(gpu),

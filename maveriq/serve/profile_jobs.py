@@ -37,6 +37,7 @@ from maveriq.exec.profile_worker import EmulatedTimes, Measure, ProfileJob, Prof
 from maveriq.files import written_whole
 from maveriq.serve.store import StoredModel
 from maveriq.tables import read_json
+from maveriq.units import bytes_from_gib
 
 _LOG = logging.getLogger(__name__)
 _OUTPUT_TOKENS = 20  # of an endpoint that does not say more
@@ -124,6 +125,11 @@ class ProfileSettings:
     def usd(self, gpu_s: float) -> float | None:
         """Return the price of GPU-seconds; None where it is not known."""
         return None if self.usd_per_gpu_hour is None else gpu_s / 3600 * self.usd_per_gpu_hour
+
+    @property
+    def free_bytes(self) -> int:
+        """The memory of a GPU that holds nothing."""
+        return bytes_from_gib(self.machine.memory_gib - self.machine.idle_gib)
 
     def measure_on(self, gpu_ids: tuple[int, ...]) -> Measure:
         """Return what the process of a profile must know of its GPUs."""
@@ -411,9 +417,9 @@ class _Job:
             expected_s=planned.expected_s,
             detail=f"for {gpus} {'with room' if beside else 'without engines'}",
         )
-        self._cluster.request_profile(
-            ProfileRequested(self.model.model_id, planned.gpus, planned.bytes_per_gpu, beside), self
-        )
+        # GPUs that hold nothing are given whole; whether they are large enough is checked when it is measured.
+        needed = min(planned.bytes_per_gpu, self._settings.free_bytes) if beside else 0
+        self._cluster.request_profile(ProfileRequested(self.model.model_id, planned.gpus, needed, beside), self)
         await self._granted.wait()
         self._revoked.clear()
         gpu_ids, self._counted_s = self._gpu_ids, time.monotonic()

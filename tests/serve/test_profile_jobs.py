@@ -54,6 +54,7 @@ class Processes:
         self.running = self.stopped = 0
         self.done = asyncio.Event()
         self.fails = ""
+        self.bytes_per_gpu = 1
 
     def __call__(self, job: ProfileJob, log: Path) -> "Processes":
         del log
@@ -64,7 +65,7 @@ class Processes:
         return self
 
     async def plan(self) -> Planned:
-        return Planned(gpus=1, bytes_per_gpu=1, expected_s=5)
+        return Planned(gpus=1, bytes_per_gpu=self.bytes_per_gpu, expected_s=5)
 
     async def measure(self, measure: Measure, expected_s: float, on_progress: Callable[[str], None]) -> Measured:
         del measure, expected_s
@@ -85,23 +86,32 @@ class Gpus:
 
     def __init__(self) -> None:
         self.runners: dict[int, object] = {}
+        self.requested: list[ProfileRequested] = []
         self.ended: list[tuple[int, str]] = []
 
     def request_profile(self, profile: ProfileRequested, runner) -> None:
         self.runners[profile.profile_id] = runner
+        self.requested.append(profile)
         runner.start((3,))
 
     def end_profile(self, profile_id: int, reason: str = "") -> None:
         self.ended.append((profile_id, reason))
 
 
-def settings(folder: Path) -> ProfileSettings:
-    return ProfileSettings(folder=folder, profiled={}, machine=MACHINE, backend="emulated", usd_per_gpu_hour=3600.0)
+def settings(folder: Path, *, beside_engines: bool) -> ProfileSettings:
+    return ProfileSettings(
+        folder=folder,
+        profiled={},
+        machine=MACHINE,
+        backend="emulated",
+        usd_per_gpu_hour=3600.0,
+        beside_engines=beside_engines,
+    )
 
 
-def with_jobs(folder: Path, test: Callable[..., Awaitable[None]]) -> None:
+def with_jobs(folder: Path, test: Callable[..., Awaitable[None]], *, beside_engines: bool = False) -> None:
     async def main() -> None:
-        gpus, processes, how = Gpus(), Processes(), settings(folder)
+        gpus, processes, how = Gpus(), Processes(), settings(folder, beside_engines=beside_engines)
         jobs = ProfileJobs(gpus, how, processes)  # type: ignore[arg-type]
         await test(jobs, gpus, processes, how)
         await jobs.close()
@@ -227,6 +237,19 @@ def test_a_damaged_state_is_a_profile_that_failed(tmp_path: Path, text: str) -> 
         assert "\n" not in jobs.state(1).detail
 
     with_jobs(tmp_path, test)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_profile_larger_than_a_gpu_does_not_wait_for_ever(tmp_path: Path, *, beside: bool) -> None:
+    async def test(jobs, gpus, processes, how) -> None:
+        del how
+        processes.bytes_per_gpu = 1 << 50
+        jobs.request(A)
+        await until(lambda: status(jobs) == "measuring")  # where one line says that it does not fit
+        assert gpus.requested[0].bytes_per_gpu <= 48 << 30
+        assert gpus.requested[0].beside_engines == beside
+
+    with_jobs(tmp_path, test, beside_engines=beside)
 
 
 def test_a_server_without_profiles_says_how_to_get_them() -> None:
