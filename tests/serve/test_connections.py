@@ -384,7 +384,7 @@ def slow_count(server: Running) -> float:
 
 def test_pipelined_requests_are_answered_in_order(guarded: Running) -> None:
     with _connected(guarded.url) as connection:
-        requests = [f"GET /models/none-{number} HTTP/1.1\r\n".encode() + HEAD + b"\r\n" for number in range(30)]
+        requests = [f"GET /models/{900 + number} HTTP/1.1\r\n".encode() + HEAD + b"\r\n" for number in range(30)]
         connection.sendall(b"".join(requests) + b"GET /health HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n")
         received = b""
         while part := connection.recv(65_536):
