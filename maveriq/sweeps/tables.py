@@ -66,7 +66,8 @@ def over_seeds(table: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
     simulated = table[table["error"] == ""]
     all_values = simulated[figures].to_numpy(float)
     for key, places in simulated.groupby(groups, sort=False, dropna=False).indices.items():
-        row: dict[str, Any] = dict(zip(groups, key, strict=True)) | {"seeds": len(places)}
+        values_of_groups = key if isinstance(key, tuple) else (key,)  # pandas gives one group's value without a tuple
+        row: dict[str, Any] = dict(zip(groups, values_of_groups, strict=True)) | {"seeds": len(places)}
         for name, column in zip(figures, all_values[places].T, strict=True):
             values = column[~np.isnan(column)]
             row[name] = values.mean() if len(values) else np.nan

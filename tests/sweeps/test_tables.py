@@ -46,6 +46,14 @@ def test_means_over_seeds_are_students():
     assert len(seeds) == 2 * 2 * 2
 
 
+def test_a_sweep_of_seeds_alone_has_a_row_for_each_model():
+    cells = table(noisy)
+    alone = cells[(cells.policy == "a") & (cells.scale == 0.1)].drop(columns=["policy", "scale"])
+    seeds = over_seeds(alone, ("seed",))
+    assert seeds.model.tolist() == alone.model.unique().tolist()
+    assert set(seeds.seeds) == {4}
+
+
 def test_pairs_of_equal_seeds_take_the_draws_out():
     found = compare_values(table(noisy), FACTORS, Contrast(factor="policy"))
     latency = found[found.figure == "latency_mean_s"]
