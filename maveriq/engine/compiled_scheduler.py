@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from maveriq.compiling import Pointer, ints, part
 from maveriq.engine.compiled_blocks import allocate, blocks_of, find, release, release_findable, share, take
+from maveriq.engine.compiled_cohort import dissolve_cohort, join_cohort, leave_ended, length_in_cohort
 from maveriq.engine.compiled_state import (
     ADMISSIONS,
     ASYNC_SCHEDULING,
@@ -65,16 +66,13 @@ from maveriq.engine.compiled_state import (
     SEQ_BLOCKS,
     SEQ_CACHED_TOKENS,
     SEQ_COMPUTED,
-    SEQ_COUNTS_FROM,
     SEQ_END,
     SEQ_FINDABLE_BLOCKS,
     SEQ_IN_COHORT,
     SEQ_INTERRUPTED_US,
     SEQ_IS_RUNNING,
     SEQ_IS_UNSTARTED,
-    SEQ_JOINED_TICK,
     SEQ_LENGTH,
-    SEQ_OFFSET,
     SEQ_PENDING,
     SEQ_PROMPT_TOKENS,
     SEQ_REGISTERED,
@@ -96,8 +94,6 @@ from maveriq.engine.compiled_state import (
     THRESHOLD_NEEDS_COMPANY,
     TICK,
 )
-
-_NEVER = 1 << 62
 
 
 @part
@@ -182,14 +178,14 @@ def schedule(e: Pointer) -> int:
             take(e, blocks)
             e[BUDGET] -= e[COHORT]
         else:
-            _dissolve_cohort(e)
+            dissolve_cohort(e)
     if e[SINGLES_COUNT] > 0 or _has_waiting(e):
         _schedule_singles(e, place)
         if e[STEP_PREEMPTED + place] == 0:
             _admit(e, place)
         _commit(e, place)
     e[TICK] += 1
-    _leave_ended(e, e[STEP_TICK + place])
+    leave_ended(e, e[STEP_TICK + place])
     return place
 
 
@@ -346,90 +342,7 @@ def _commit(e: Pointer, place: int) -> None:
             e[STEP_CHUNK_TOKENS + place] += tokens
         if emits and computed <= e[SEQ_END + slot] - 2:
             _remove_single(e, slot)
-            _join_cohort(e, slot, e[STEP_TICK + place] + 1, e[SEQ_PENDING + slot] if e[ASYNC_SCHEDULING] else 1)
-
-
-@part
-def _join_cohort(e: Pointer, slot: int, tick: int, pending: int) -> None:
-    offset = e[SEQ_OFFSET + slot] = e[SEQ_COMPUTED + slot] - tick
-    e[SEQ_JOINED_TICK + slot] = tick
-    e[SEQ_COUNTS_FROM + slot] = tick - pending
-    e[SEQ_IN_COHORT + slot] = 1
-    end_tick = e[SEQ_END + slot] - 2 - offset
-    e[END_TICK] = end_tick if e[COHORT] == 0 else min(e[END_TICK], end_tick)
-    e[COHORT] += 1
-    e[OFFSETS] += offset
-    e[PHASES + -offset % e[BLOCK_SIZE]] += 1
-
-
-@part
-def _length_in_cohort(e: Pointer, slot: int) -> int:
-    """Return the length of a sequence with the tokens of all steps that have run."""
-    return e[SEQ_LENGTH + slot] + max(0, e[DONE] - e[SEQ_COUNTS_FROM + slot])
-
-
-@part
-def _leave_cohort(e: Pointer, slot: int, tick: int) -> None:
-    """Count a sequence by itself from step `tick` on, also in steps in flight; `_find_end_tick` is called later."""
-    offset = e[SEQ_OFFSET + slot]
-    e[SEQ_IN_COHORT + slot] = 0
-    e[SEQ_COMPUTED + slot] = offset + tick
-    e[SEQ_LENGTH + slot] = _length_in_cohort(e, slot)
-    e[SEQ_BLOCKS + slot] = blocks_of(e, e[SEQ_COMPUTED + slot])
-    e[COHORT] -= 1
-    e[OFFSETS] -= offset
-    e[PHASES + -offset % e[BLOCK_SIZE]] -= 1
-    if e[ASYNC_SCHEDULING]:
-        e[SEQ_PENDING + slot] = e[SEQ_COMPUTED + slot] + 1 - e[SEQ_LENGTH + slot]
-    e[SEQ_REGISTERED + slot] = max(e[SEQ_REGISTERED + slot], e[SEQ_COMPUTED + slot] - e[SEQ_PENDING + slot])
-    for number in range(e[IN_FLIGHT]):
-        place = (e[FIRST_STEP] + number) & 1
-        if e[STEP_TOGETHER + place] > 0 and e[STEP_TICK + place] >= e[SEQ_JOINED_TICK + slot]:
-            e[STEP_TOGETHER + place] -= 1
-            entry_at = e[STEP_SCHEDULED + place]
-            (
-                e[SCHED_SLOT + place * SLOTS + entry_at],
-                e[SCHED_TOKENS + place * SLOTS + entry_at],
-                e[SCHED_PAST + place * SLOTS + entry_at],
-                e[SCHED_EMITS + place * SLOTS + entry_at],
-            ) = slot, 1, offset + e[STEP_TICK + place], 1
-            e[STEP_SCHEDULED + place] += 1
-    at = e[SINGLES_COUNT]
-    while at > 0 and e[SEQ_ADMISSION + e[SINGLES + at - 1]] > e[SEQ_ADMISSION + slot]:
-        e[SINGLES + at] = e[SINGLES + at - 1]
-        at -= 1
-    e[SINGLES + at] = slot
-    e[SINGLES_COUNT] += 1
-
-
-@part
-def _find_end_tick(e: Pointer) -> None:
-    """Note the first step in which a sequence of the cohort computes its last token."""
-    e[END_TICK] = _NEVER
-    for index in range(e[RUNNING_COUNT]):
-        slot = e[RUNNING + index]
-        if e[SEQ_IN_COHORT + slot]:
-            e[END_TICK] = min(e[END_TICK], e[SEQ_END + slot] - 2 - e[SEQ_OFFSET + slot])
-
-
-@part
-def _leave_ended(e: Pointer, tick: int) -> None:
-    """Count those that compute their last token in step `tick`, the last one composed, by themselves."""
-    if e[COHORT] == 0 or e[END_TICK] > tick:
-        return
-    for index in range(e[RUNNING_COUNT]):
-        slot = e[RUNNING + index]
-        if e[SEQ_IN_COHORT + slot] and e[SEQ_END + slot] - 2 - e[SEQ_OFFSET + slot] <= tick:
-            _leave_cohort(e, slot, e[TICK])
-    _find_end_tick(e)
-
-
-@part
-def _dissolve_cohort(e: Pointer) -> None:
-    for index in range(e[RUNNING_COUNT]):
-        slot = e[RUNNING + index]
-        if e[SEQ_IN_COHORT + slot]:
-            _leave_cohort(e, slot, e[TICK])
+            join_cohort(e, slot, e[STEP_TICK + place] + 1, e[SEQ_PENDING + slot] if e[ASYNC_SCHEDULING] else 1)
 
 
 @part
@@ -520,7 +433,7 @@ def advance(e: Pointer, steps: int) -> None:
         e[HAS_NEWS] = 0
         e[DONE] += steps
         before = e[SINGLES_COUNT]
-        _leave_ended(e, tick - 1)
+        leave_ended(e, tick - 1)
         for _ in range(e[SINGLES_COUNT] - before):  # no other runs by itself, so that the first is always the next
             _emit(e, e[SINGLES])
         return
@@ -535,7 +448,7 @@ def advance(e: Pointer, steps: int) -> None:
     e[STEP_CHUNKS + place] = e[STEP_CHUNK_TOKENS + place] = e[STEP_SCHEDULED + place] = e[STEP_PREEMPTED + place] = 0
     e[IN_FLIGHT] += 1
     e[EMITTED_COUNT] = 0
-    _leave_ended(e, tick - 1)
+    leave_ended(e, tick - 1)
 
 
 @part
@@ -585,7 +498,7 @@ def _emit(e: Pointer, slot: int) -> None:
     """List a sequence's newest token; end the sequence if it is the last."""
     entry_at = e[EMITTED_COUNT]
     e[EMITTED_COUNT] += 1
-    length = _length_in_cohort(e, slot) if e[SEQ_IN_COHORT + slot] else e[SEQ_LENGTH + slot]
+    length = length_in_cohort(e, slot) if e[SEQ_IN_COHORT + slot] else e[SEQ_LENGTH + slot]
     e[EMIT_SLOT + entry_at], e[EMIT_REQUEST_ID + entry_at] = slot, e[SEQ_REQUEST_ID + slot]
     e[EMIT_OUTPUT_TOKENS + entry_at] = length - e[SEQ_PROMPT_TOKENS + slot]
     e[EMIT_STEPS + entry_at] = e[EMIT_OUTPUT_TOKENS + entry_at] + e[SEQ_STEPS_WITHOUT_TOKEN + slot]

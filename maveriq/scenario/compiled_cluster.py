@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from maveriq import compiling
 from maveriq.compiling import Pointer, compiled, ints, part, source_digest
-from maveriq.engine import compiled_blocks, compiled_scheduler, compiled_state
+from maveriq.engine import compiled_blocks, compiled_cohort, compiled_scheduler, compiled_state
 from maveriq.estimate import compiled_step, compiled_timer
 from maveriq.scenario import compiled_clock, compiled_clock_state, compiled_recorder
 from maveriq.scenario.compiled_clock import compose, finish, slow_down, stop, submit
@@ -229,7 +229,7 @@ def _entry(sources: int) -> Callable[[int, int, int, Micros, int, int], tuple[in
 
 serve = _entry(
     source_digest(
-        compiling, compiled_step, compiled_timer, compiled_state, compiled_blocks, compiled_scheduler,
+        compiling, compiled_step, compiled_timer, compiled_state, compiled_blocks, compiled_cohort, compiled_scheduler,
         compiled_clock_state, compiled_recorder, compiled_clock,
     )
 )  # fmt: skip
