@@ -132,4 +132,4 @@ def simulate_with(
 
 def _tell_of_compiling(notify: Callable[[str], None] | None) -> None:
     if notify is not None:
-        notify("compiling the fast kernel; this takes some 10 s, once after an installation")
+        notify("compiling the fast kernel, once after an installation; --kernel simpy does without")
