@@ -48,13 +48,13 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def profile(python: str, folder: Path) -> None:
+def profile(python: str, folder: Path, repeats: int) -> None:
     """Measure, unless that was done."""
     if (folder / "profile.json").exists():
         return
     command = [
         sys.executable, "-m", "maveriq", "profile", str(HERE / "config.json"), "--backend", "vllm", "--engine-python",
-        f"vllm={python}", "--out", str(folder),
+        f"vllm={python}", "--most-repeats", str(repeats), "--out", str(folder),
     ]  # fmt: skip
     begun_s = time.monotonic()
     subprocess.run(command, check=True)  # noqa: S603
@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", required=True)
     parser.add_argument("--duration-s", type=float, default=90.0, help="of each run")
+    parser.add_argument("--repeats", type=int, default=15, help="of each measurement of the profile, at most")
     parser.add_argument("--seed", type=int, default=42, help="of the loads")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="on which vLLM computes")
     parser.add_argument("--part", choices=["profile", *map(str, SHARES)], help="do this alone")
@@ -111,7 +112,7 @@ def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(chosen.core)
     folder = chosen.work / "profile"
     if chosen.part in (None, "profile"):
-        profile(chosen.vllm_python, folder)
+        profile(chosen.vllm_python, folder, chosen.repeats)
     measured, entry = load_any_profile(str(folder)), load_model_set(str(HERE / "set.toml")).entries[0]
     estimator = continuous_estimator(measured, engine_preset(ENGINE), node_gpus=1)
     timer = estimator.step_timer(entry.model, ParallelConfig(tp=1, pp=1, weights=entry.model.unconverted))
