@@ -225,7 +225,9 @@ class DeploymentManager:
         holding = self.profiles.holding
         if isinstance(decision, Deploy) or not holding:
             return decision
-        without_profiles = self._decide(endpoint, _without_profiles(view, holding.values()))
+        for shares in holding.values():
+            view = view.without_tenant(shares)
+        without_profiles = self._decide(endpoint, view)
         if isinstance(without_profiles, Deploy):
             gpu_ids = {gpu_id for plan in without_profiles.plans for gpu_id in plan.gpu_ids}
             self.stopped_profiles += self.profiles.revoke(gpu_ids)
@@ -565,20 +567,6 @@ class DeploymentManager:
             )
             for gpu, load in zip(self._state.cluster.gpus, self.loads(now_us), strict=True)
         )
-
-
-def _without_profiles(view: ClusterView, holding: Iterable[Mapping[int, Bytes]]) -> ClusterView:
-    """Return a view as it would be without the memory that profiles hold."""
-    for shares in holding:
-        view = ClusterView(
-            gpus=tuple(
-                replace(gpu, free_bytes=gpu.free_bytes + shares[gpu.gpu_id], tenants=gpu.tenants - 1)
-                if gpu.gpu_id in shares
-                else gpu
-                for gpu in view.gpus
-            )
-        )
-    return view
 
 
 def share_of_one(endpoint: EndpointSpec, replicas: Sequence[Deployment], measured_rps: float | None) -> EndpointSpec:

@@ -198,9 +198,16 @@ class ClusterView:
 
     def with_deployment(self, shares: Mapping[int, Bytes]) -> ClusterView:
         """Return the view with one more deployment, which takes so much memory on each of its GPUs."""
+        return self._with_tenants(shares, 1)
+
+    def without_tenant(self, shares: Mapping[int, Bytes]) -> ClusterView:
+        """Return the view without what holds so much memory on each of its GPUs."""
+        return self._with_tenants(shares, -1)
+
+    def _with_tenants(self, shares: Mapping[int, Bytes], added: int) -> ClusterView:
         return ClusterView(
             gpus=tuple(
-                replace(gpu, free_bytes=gpu.free_bytes - shares[gpu.gpu_id], tenants=gpu.tenants + 1)
+                replace(gpu, free_bytes=gpu.free_bytes - added * shares[gpu.gpu_id], tenants=gpu.tenants + added)
                 if gpu.gpu_id in shares
                 else gpu
                 for gpu in self.gpus
