@@ -5,7 +5,7 @@
 The sweep has two policies, one that raises an error and one that kills its process, each with so many seeds. It is
 started again and again, and each time the sweep itself or one of its workers is killed (SIGKILL), at a random moment.
 Now and then a second sweep is started into the same folder. At the end the sweep runs to its end, and its table is
-compared with that of a sweep that nobody disturbed. `--on ray` needs an environment with `maveriq[ray]`.
+compared with that of an undisturbed sweep. `--on ray` needs an environment with `maveriq[ray]`.
 
 A cell is lost if its run was written and the sweep's log does not have it. Prints what was counted as JSON; exits with
 1 if a kill lost more cells than there are workers, a finished cell was lost later, a second sweep was let in, a process
@@ -179,7 +179,7 @@ class Kills:
             table[table["error"].isna()].drop(columns="simulated_in_s").reset_index(drop=True) for table in tables
         ]
         if not figures[0].equals(figures[1]):
-            self._faults.append("the table differs from that of a sweep that nobody disturbed")
+            self._faults.append("the table differs from that of an undisturbed sweep")
 
 
 def _workers_of(pid: int, name: str) -> Iterator[int]:

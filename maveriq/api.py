@@ -62,7 +62,7 @@ def simulate(
         slo_tpot_ms: time per output token within which a request counts as goodput.
         kernel: what simulates: "simpy", "fast" (compiled, with the same records), or "auto" for the one that suits.
         watcher: receives the progress of the run.
-        notify: is told in a sentence when something takes long before the run, such as compiling the fast kernel.
+        notify: gets a sentence when something delays the run, such as compiling the fast kernel.
         changes: options by name, as on the command line with underscores. `policy`, `estimator`, `service_times`
             and `router` also take objects, and `policy` a placement rule (docs/extending.md).
 

@@ -284,7 +284,7 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
         data: the folder of recordings; None takes MAVERIQ_DATA.
 
     Raises:
-        InputError: there is no such run, or its files do not fit together.
+        InputError: the folder holds no run, or its files do not belong together.
     """
     from maveriq.files import exists, measured_data_path
     from maveriq.report.reading import read_meta, read_run

@@ -62,7 +62,7 @@ class ProfileQueue:
         return started
 
     def _room(self, profile: ProfileRequested, views: Collection[GpuView]) -> dict[int, Bytes] | None:
-        """Return what a profile takes of which GPUs of one node, None where there is no room.
+        """Return the bytes that a profile takes of each of its GPUs, all on one node; None if they do not fit.
 
         Without `beside_engines` it takes GPUs that hold nothing, whole, so that nothing is placed on them meanwhile.
         Policies fill GPUs from the first one, so the last ones are taken.

@@ -113,9 +113,9 @@ class Head:
 class RequestQueue:
     """All waiting requests, in one queue per deployment, and the choice of the next one.
 
-    Clusters have thousands of deployments, so no choice looks at all of them. `_heads` is a heap of the heads of
-    queues; an entry that is no longer its queue's head is dropped when it comes up. A queue whose GPUs are blocked is
-    set aside until the one GPU is free by which it was found to be.
+    Clusters have thousands of deployments, so no choice looks at all of them. `_heads` is a heap with the first
+    request of each queue; stale entries are dropped when they come up. A queue that is blocked by a busy GPU is set
+    aside until that GPU is free.
     """
 
     __slots__ = (

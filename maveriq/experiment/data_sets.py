@@ -25,7 +25,7 @@ class DataSet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
         what: what it holds.
         used_by: what reads it.
         repository: where it is public.
-        commit: the commit that its files are from, "" if nobody noted it.
+        commit: the commit that its files are from, "" if it was not noted.
         where: the place in the repository.
         licence: its licence.
         note: what else a reader must know.

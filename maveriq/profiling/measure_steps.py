@@ -97,8 +97,8 @@ _SHORT = 4  # tokens of outputs that leave no room for a further prompt
 class _Steps:
     """Sorts the steps of a sample by what they computed (mutable).
 
-    An engine that prepares a step while the one before runs reports tokens later than it admits requests. So steps are
-    told by the tokens that they bring.
+    An engine that prepares a step while the one before runs reports tokens later than it admits requests. So the
+    tokens that a step brings show its kind.
     """
 
     def __init__(self, batch: set[int]) -> None:

@@ -89,7 +89,7 @@ class Options:
     field its help. Durations are in the unit their name says.
 
     Raises:
-        UnknownNameError: there is no option of a name.
+        UnknownNameError: an option is unknown.
         InputError: a value of another type, a number that is not finite, or outside its range.
     """
 
@@ -366,7 +366,7 @@ def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _
         base: gives the options that `values` does not name; None takes the defaults.
 
     Raises:
-        UnknownNameError: there is no option of a name.
+        UnknownNameError: an option is unknown.
         InputError: a value of another type, or out of range.
     """
     types = get_type_hints(shape)

@@ -1,7 +1,7 @@
 """The routes under /dashboard: a page without data, and the data, which its script asks for every few seconds.
 
 Both are cheap to serve. The page is made once, is compressed once, and is not sent again to a browser that has it. The
-data are made at most each `EVERY_S`, whoever asks, and in the background.
+data are made in the background, at most once in `EVERY_S` for all clients together.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def simulate_with(
         kernel: which one.
         system: what is simulated.
         watcher: receives the progress of the run.
-        notify: is told that the fast kernel is being compiled, where that takes long.
+        notify: gets a sentence if compiling the fast kernel takes long.
     """
     if kernel is not Kernel.FAST:
         from maveriq.sim.simulator import simulate  # late: imports SimPy
@@ -120,7 +120,7 @@ def simulate_with(
         return simulate(system, watcher)
     from maveriq.sim.fast_replay import FastReplay, load_kernel  # late: imports numba
 
-    notice = threading.Timer(_NOTICE_AFTER_S, _tell_of_compiling, (notify,))
+    notice = threading.Timer(_NOTICE_AFTER_S, _notify_of_compiling, (notify,))
     notice.daemon = True
     notice.start()
     try:
@@ -130,6 +130,6 @@ def simulate_with(
     return FastReplay(system).run(watcher)
 
 
-def _tell_of_compiling(notify: Callable[[str], None] | None) -> None:
+def _notify_of_compiling(notify: Callable[[str], None] | None) -> None:
     if notify is not None:
         notify("compiling the fast kernel, once after an installation; --kernel simpy does without")

@@ -118,7 +118,7 @@ def read_folder(path: Path) -> tuple[SweepSpec, dict[int, CellResult]]:
     """Return a sweep and what became of its cells so far, by number; failed ones too. Nothing is written.
 
     Raises:
-        InputError: it is no folder of a sweep, or its files are damaged.
+        InputError: the folder holds no sweep, or its files are damaged.
     """
     named = f"sweep folder {str(path)!r}"
     spec = _described(path, named).sweep

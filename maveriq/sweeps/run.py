@@ -199,7 +199,7 @@ def load_sweep(path: str | Path) -> SweepResult:
     """Return what a sweep has found so far, from its folder; a sweep may be writing to it.
 
     Raises:
-        InputError: it is no folder of a sweep, or its files are damaged.
+        InputError: the folder holds no sweep, or its files are damaged.
     """
     spec, results = read_folder(as_path(path, "path"))
     return _tabulated(spec, cells_of(spec), results)
